@@ -1,0 +1,38 @@
+"""Hypernetworks for PyTorch as pure functions in the style of JAX."""
+
+from hyperfunc import checkpoint, data, files, hypernet, model, optim, residual, tiling, tracking, training, tree
+from hyperfunc.hypernet import HyperNetParams, generate_kernel, generate_kernels
+from hyperfunc.model import BatchStats, Model, Params, hyper_resnet, hyperize, materialize, resnet
+from hyperfunc.residual import ResNet
+from hyperfunc.training import Metrics, TrainState
+from hyperfunc.tree import num_params
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchStats",
+    "HyperNetParams",
+    "Metrics",
+    "Model",
+    "Params",
+    "ResNet",
+    "TrainState",
+    "checkpoint",
+    "data",
+    "files",
+    "generate_kernel",
+    "generate_kernels",
+    "hyper_resnet",
+    "hyperize",
+    "hypernet",
+    "materialize",
+    "model",
+    "num_params",
+    "optim",
+    "residual",
+    "resnet",
+    "tiling",
+    "tracking",
+    "training",
+    "tree",
+]

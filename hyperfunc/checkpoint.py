@@ -1,0 +1,65 @@
+"""Checkpoints: named pytrees and the run's own notes in one file (see `files` for its format)."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from hyperfunc import tree
+from hyperfunc.files import read_tensors, write_tensors
+
+FORMAT = 1
+"""The version of what stands in a file; a reader refuses what it does not know."""
+
+
+class Checkpoint(NamedTuple):
+    """The content of a file: tensors by path, and whatever the writer noted."""
+
+    tensors: dict[str, Tensor]
+    notes: dict[str, Any]
+
+
+def save(path: str | os.PathLike[str], trees: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    """Writes named pytrees and notes (anything that JSON can hold) to one file, whole or not at all.
+
+    Raises:
+        OSError: The file cannot be written; an older one stands as it was.
+    """
+    write_tensors(path, tree.named_leaves(dict(trees)), {"format": FORMAT, "notes": dict(notes)})
+
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """Reads what `save` wrote.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is damaged, or not a checkpoint of this version.
+    """
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") != FORMAT or "notes" not in metadata:
+        raise ValueError(f"{path} has format {metadata.get('format')!r}, this version of hyperfunc reads {FORMAT}")
+    return Checkpoint(tensors, metadata["notes"])
+
+
+def restore(checkpoint: Checkpoint, name: str, like: Any) -> Any:
+    """The pytree that was saved as `name`, with the structure, devices and dtypes of `like`.
+
+    Raises:
+        ValueError: The checkpoint's leaves are others than those of `like`; the message names each.
+    """
+    expected = {f"{name}/{path}" if path else name: leaf for path, leaf in tree.named_leaves(like).items()}
+    found = {p: leaf for p, leaf in checkpoint.tensors.items() if p == name or p.startswith(f"{name}/")}
+    differences = [f"{path} is missing" for path in expected if path not in found]
+    differences += [f"{path} is unknown" for path in found if path not in expected]
+    for path in expected.keys() & found.keys():
+        ours, theirs = expected[path], found[path]
+        if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+            differences.append(f"{path} is {_describe(theirs)}, expected {_describe(ours)}")
+    if differences:
+        raise ValueError(f"the checkpoint holds another network: {'; '.join(sorted(differences))}")
+    return tree.replace_leaves(like, [found[path].to(leaf.device) for path, leaf in expected.items()])
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

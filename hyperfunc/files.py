@@ -1,0 +1,105 @@
+"""Tensors with metadata in one file that is either whole or not there.
+
+The format is safetensors: reading it runs no code. Its header holds the metadata as JSON, and a SHA-256 over every
+other byte of the file, so that damage anywhere is noticed; safetensors by itself checks nothing.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+_NO_DIGEST = "0" * 64
+_HEADER_LENGTH_BYTES = 8
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Writes a file in one stroke: after a kill or a power cut the old one or the new one is there, whole.
+
+    Args:
+        path: The file; its folder must exist.
+        tensors: Dense tensors by name, from any device.
+        metadata: Anything that JSON can hold.
+
+    Raises:
+        OSError: The file cannot be written (no room, no permission); the old file stands as it was.
+    """
+    dense = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=True)
+    content = safetensors.torch.save(dense, {"hyperfunc": text, "sha256": _NO_DIGEST})
+    _write_atomically(Path(path), _with_digest(content, _digest(content)))
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, on the CPU, and the metadata of a file that `write_tensors` wrote.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is damaged, or was not written by `write_tensors`.
+    """
+    content = Path(path).read_bytes()
+    if content[:2] == b"PK" or content[:1] == b"\x80":
+        raise ValueError(f"{path} is a pickle, as torch.save writes it, and not a file of hyperfunc; it is not opened")
+    try:
+        header_end = _header_end(content)
+        header = json.loads(content[_HEADER_LENGTH_BYTES:header_end])["__metadata__"]
+        found, metadata = header["sha256"], json.loads(header["hyperfunc"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise ValueError(f"{path} is damaged, or is not a file of hyperfunc: its header cannot be read") from None
+    if not isinstance(found, str) or found != _digest(_with_digest(content, _NO_DIGEST, found)):
+        raise ValueError(f"{path} is damaged: its content does not match the checksum in it")
+    try:
+        return safetensors.torch.load(content), metadata
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _header_end(content: bytes) -> int:
+    return _HEADER_LENGTH_BYTES + int.from_bytes(content[:_HEADER_LENGTH_BYTES], "little")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _with_digest(content: bytes, digest: str, old: str = _NO_DIGEST) -> bytes:
+    """`content` with the digest in its header replaced; the length stays the same, and so do all offsets."""
+    end = _header_end(content)
+    header = content[:end].replace(f'"sha256":"{old}"'.encode(), f'"sha256":"{digest}"'.encode(), 1)
+    return header + content[end:]
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    # Without this the rename itself may be lost in a power cut.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _umask() -> int:
+    # There is no way to read it without setting it.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

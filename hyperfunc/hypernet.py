@@ -1,0 +1,122 @@
+"""The kernel generator of Ha, Dai and Le (2016, arXiv 1609.09106), equation 2: a two-layer linear network that turns a
+learned embedding z into one basic kernel.
+
+A basic kernel has `in` input channels, `out` output channels (16 and 16 in the paper) and a window of any rank: (3, 3)
+for a 3x3 convolution, (5,) for a one-dimensional one, () for a matrix. One generator serves every layer whose window it
+fits; only the embeddings differ between layers.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+Init = Literal["he", "clipped-normal"]
+
+
+class HyperNetParams(NamedTuple):
+    """The generator's parameters, in the paper's letters: a_i = W_in[i] z + b_in[i], K[:, i] = W_out a_i + b_out."""
+
+    w_in: Float[Tensor, "in d z"]
+    b_in: Float[Tensor, "in d"]
+    w_out: Float[Tensor, "out *window d"]
+    b_out: Float[Tensor, "out *window"]
+
+
+def generate_kernel(p: HyperNetParams, z: Float[Tensor, "z"]) -> Float[Tensor, "out in *window"]:
+    """One basic kernel from one embedding: equation 2 of the paper."""
+    a = p.w_in @ z + p.b_in
+    return torch.einsum("o...d,id->oi...", p.w_out, a) + p.b_out.unsqueeze(1)
+
+
+def generate_kernels(p: HyperNetParams, z: Float[Tensor, "units z"]) -> Float[Tensor, "units out in *window"]:
+    """All basic kernels from all embeddings: `generate_kernel`, mapped over the rows of z."""
+    return torch.vmap(generate_kernel, in_dims=(None, 0))(p, z)
+
+
+def init_generator(
+    generator: Generator,
+    *,
+    window: Sequence[int],
+    unit: tuple[int, int] = (16, 16),
+    z_dim: int = 64,
+    hidden_dim: int | None = None,
+    init: Init = "he",
+) -> HyperNetParams:
+    """Draws a generator of `unit` = (out, in) channels.
+
+    Under "he" both layers keep the scale of what goes through them, std(W_in) = 1/sqrt(z_dim) and
+    std(W_out) = 1/sqrt(d), and the biases are zero, so that a kernel is linear in its embedding and the embedding alone
+    sets its scale. "clipped-normal" draws everything, the biases too, from the unit normal folded into (-2, 2); its
+    kernels are several hundred times too large for a residual network and are here for comparison.
+
+    Args:
+        generator: The source of randomness; the tensors are made on its device, in torch's default dtype.
+        window: The spatial extent of the kernel, for example (3, 3).
+        unit: Output and input channels of a basic kernel.
+        z_dim: Length of an embedding.
+        hidden_dim: The paper's d; z_dim where it is not given, as in the paper.
+        init: "he" or "clipped-normal".
+
+    Raises:
+        ValueError: A size is not positive, or `init` is unknown.
+    """
+    d = z_dim if hidden_dim is None else hidden_dim
+    for name, value in (("unit", min(unit)), ("z_dim", z_dim), ("hidden_dim", d), ("window", min(window, default=1))):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, every size must be at least 1")
+    check_init(init)
+    n_out, n_in = unit
+    shapes = ((n_in, d, z_dim), (n_in, d), (n_out, *window, d), (n_out, *window))
+    if init == "clipped-normal":
+        return HyperNetParams(*(_clipped_normal(generator, shape) for shape in shapes))
+    w_in, b_in, w_out, b_out = shapes
+    return HyperNetParams(
+        w_in=_normal(generator, w_in) / z_dim**0.5,
+        b_in=torch.zeros(b_in, device=generator.device),
+        w_out=_normal(generator, w_out) / d**0.5,
+        b_out=torch.zeros(b_out, device=generator.device),
+    )
+
+
+def init_embeddings(
+    generator: Generator, p: HyperNetParams, std: Float[Tensor, "units"], *, init: Init = "he"
+) -> Float[Tensor, "units z"]:
+    """Draws one embedding a unit.
+
+    Under "he" each is a random direction at the length that gives its kernel the root mean square `std` under the
+    generator `p`. The paper's generator serves layers of very different fan-in, so no single scale of z can suit them
+    all; and since the freshly drawn generator has no biases, scaling z scales the kernel alike.
+
+    Args:
+        generator: The source of randomness; the embeddings are made on its device.
+        p: The generator that will turn these embeddings into kernels.
+        std: The wanted root mean square of each unit's kernel.
+        init: "he", or "clipped-normal" for unit normals folded into (-2, 2), where `std` counts for nothing.
+
+    Raises:
+        ValueError: `init` is unknown.
+    """
+    check_init(init)
+    shape = (len(std), p.w_in.shape[-1])
+    if init == "clipped-normal":
+        return _clipped_normal(generator, shape)
+    z = _normal(generator, shape)
+    rms = generate_kernels(p, z).flatten(1).square().mean(1).sqrt()
+    return z * (std.to(z.device) / rms).unsqueeze(1)
+
+
+def check_init(init: str) -> None:
+    """Raises a ValueError where `init` is not the name of an initialisation."""
+    if init not in get_args(Init):
+        raise ValueError(f"init: got {init!r}, expected one of {', '.join(get_args(Init))}")
+
+
+def _normal(generator: Generator, shape: Sequence[int]) -> Tensor:
+    return torch.randn(tuple(shape), generator=generator, device=generator.device)
+
+
+def _clipped_normal(generator: Generator, shape: Sequence[int]) -> Tensor:
+    return torch.fmod(_normal(generator, shape), 2.0)

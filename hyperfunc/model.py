@@ -1,0 +1,302 @@
+"""Generator, tiling and primary network put together: a `Model`, a NamedTuple of pure functions in the style of JAX."""
+
+import copy
+import difflib
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.func import functional_call
+
+from hyperfunc import tree
+from hyperfunc.hypernet import HyperNetParams, Init, check_init, generate_kernels, init_embeddings, init_generator
+from hyperfunc.residual import Block, ResNet, Shortcut, init_weights
+from hyperfunc.tiling import Tiling, assemble, tile
+
+BatchStats = dict[str, Tensor]
+"""The module's buffers by name: running means and variances of its batch norms, and whatever else it keeps."""
+
+
+class Params(NamedTuple):
+    """Everything that is trained.
+
+    Attributes:
+        generator: The kernel generators, by window ('3x3').
+        embeddings: For the same keys, one row z a basic kernel: layers in the module's order, within a layer row-major
+            over its grid, output tiles first.
+        primary: The parameters of the primary network that are not generated, by name.
+    """
+
+    generator: dict[str, HyperNetParams]
+    embeddings: dict[str, Tensor]
+    primary: dict[str, Tensor]
+
+
+class Forward(Protocol):
+    """The primary network as a function of its weights and buffers; returns the output and the new buffers."""
+
+    def __call__(
+        self, weights: Any, batch_stats: BatchStats, /, *args: Any, train: bool, **kwargs: Any
+    ) -> tuple[Any, BatchStats]: ...
+
+
+class Model(NamedTuple):
+    """A network whose kernels are generated, as pure functions: no argument is ever written.
+
+    Attributes:
+        init: `init(generator) -> (params, batch_stats)`, on the generator's device.
+        apply: `apply(params, batch_stats, *args, train, **kwargs) -> (output, new batch_stats)`. With train=True batch
+            norms use the statistics of the batch and update the running ones; with train=False they use the running
+            ones and change nothing.
+        kernels: `kernels(params) -> {name: tensor}`, the generated tensors.
+        forward: `apply` from ready weights, which `weights(params)` gives: for many batches under the same parameters.
+        weights: `weights(params) -> {name: tensor}`, all parameters of the primary network, generated and ordinary.
+        tiling: What is generated, and from how many basic kernels.
+        module: The primary network on the meta device, without data.
+    """
+
+    init: Callable[[Generator], tuple[Params, BatchStats]]
+    apply: Forward
+    kernels: Callable[[Params], dict[str, Tensor]]
+    forward: Forward
+    weights: Callable[[Params], dict[str, Tensor]]
+    tiling: Tiling
+    module: nn.Module
+
+
+def hyper_resnet(
+    depth: int = 40,
+    width: int = 1,
+    num_classes: int = 10,
+    z_dim: int = 64,
+    *,
+    hidden_dim: int | None = None,
+    init: Init = "he",
+    shortcut: Shortcut = "pad",
+    block: Block = "post",
+) -> Model:
+    """The paper's network: a residual network whose 3x3 kernels, but the stem's, are generated in tiles of 16 by 16.
+
+    Depth 40 has 96,570 parameters at width 1 and 147,578 at width 2, with either kind of block; shortcuts by
+    convolution add 2,656 and 10,976.
+
+    Args:
+        depth: 6n + 4.
+        width: The widening factor.
+        num_classes: Length of the output.
+        z_dim: Length of an embedding.
+        hidden_dim: The generator's d; z_dim where not given.
+        init: See `hypernet.init_generator`.
+        shortcut: See `residual.ResNet`; the 1x1 kernels of "conv" are ordinary parameters.
+        block: See `residual.ResNet`.
+
+    Raises:
+        ValueError: A size or name is out of range.
+    """
+    module = _meta_resnet(depth, width, num_classes, shortcut=shortcut, block=block)
+    targets = [f"blocks.{i}.conv{j}.weight" for i in range(len(module.blocks)) for j in (1, 2)]
+    return _make_model(
+        module,
+        targets,
+        partial(_init_resnet, module),
+        unit=(16, 16),
+        z_dim=z_dim,
+        hidden_dim=hidden_dim,
+        init=init,
+    )
+
+
+def resnet(
+    depth: int = 40,
+    width: int = 1,
+    num_classes: int = 10,
+    *,
+    shortcut: Shortcut = "pad",
+    block: Block = "post",
+) -> Model:
+    """The same network with ordinary weights, the paper's baseline, as a `Model` that generates nothing.
+
+    Depth 40 has 562,730 parameters at width 1 and 2,235,498 at width 2.
+
+    Raises:
+        ValueError: A size or name is out of range.
+    """
+    module = _meta_resnet(depth, width, num_classes, shortcut=shortcut, block=block)
+    return _make_model(module, [], partial(_init_resnet, module))
+
+
+def hyperize(
+    module: nn.Module,
+    *,
+    targets: Iterable[str] | None = None,
+    unit: tuple[int, int] = (16, 16),
+    z_dim: int = 64,
+    hidden_dim: int | None = None,
+    init: Init = "he",
+) -> Model:
+    """Any module as primary network, with generated weights for its convolutions and linear layers.
+
+    The module is read, not changed. Parameters that are not generated start from the values that they have in it, and
+    so do its buffers; generated ones start at He's variance for their layer's fan-in, whatever the module holds.
+
+    Args:
+        module: The primary network.
+        targets: Names of parameters, or glob patterns such as 'layer3.*.weight'. By default every weight of a
+            convolution or linear layer that fills at least one unit, except those of the first and the last such layer.
+        unit: Output and input channels of a basic kernel.
+        z_dim: Length of an embedding.
+        hidden_dim: The generator's d; z_dim where not given.
+        init: See `hypernet.init_generator`.
+
+    Raises:
+        ValueError: A target matches no parameter, or one that cannot be tiled; or nothing is left to generate.
+    """
+    names = _default_targets(module, unit) if targets is None else _match_targets(module, targets)
+    if not names:
+        raise ValueError(
+            f"targets: none of the module's weights fills a unit of {unit[0]}x{unit[1]} channels between its first and "
+            "last layer; give a smaller unit or name the parameters"
+        )
+    values = {name: p.detach().clone() for name, p in module.named_parameters() if name not in set(names)}
+    buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+
+    def init_from_module(generator: Generator) -> tuple[dict[str, Tensor], BatchStats]:
+        return tree.map(lambda leaf: leaf.to(generator.device, copy=True), (values, buffers))
+
+    return _make_model(
+        _on_meta(module), names, init_from_module, unit=unit, z_dim=z_dim, hidden_dim=hidden_dim, init=init
+    )
+
+
+def materialize(model: Model, params: Params, batch_stats: BatchStats) -> nn.Module:
+    """The primary network as an ordinary module that holds the generated weights: no hypernetwork is left in it.
+
+    Its tensors are copies, on the device and in the dtype of `params`; its mode is training, as of any new module.
+    """
+    weights = model.weights(params)
+    memo: dict[int, Any] = {}
+    for name, meta in model.module.named_parameters():
+        memo[id(meta)] = nn.Parameter(
+            weights[name].detach().clone(memory_format=torch.contiguous_format), requires_grad=meta.requires_grad
+        )
+    for name, meta in model.module.named_buffers():
+        memo[id(meta)] = batch_stats[name].detach().clone()
+    # deepcopy puts what the memo holds in the place of each tensor, so that tied weights stay tied.
+    return copy.deepcopy(model.module, memo).train()
+
+
+def _make_model(
+    module: nn.Module,
+    targets: Iterable[str],
+    init_primary: Callable[[Generator], tuple[dict[str, Tensor], BatchStats]],
+    *,
+    unit: tuple[int, int] = (16, 16),
+    z_dim: int = 64,
+    hidden_dim: int | None = None,
+    init: Init = "he",
+) -> Model:
+    """Ties the pieces: `module` is on the meta device, `init_primary` makes what is not generated."""
+    check_init(init)
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    tiling = tile({name: shapes[name] for name in targets}, unit)
+    generated = set(tiling.names)
+    # The mode is fixed in one module for each, because switching it at the call would be hidden state.
+    modules = {True: copy.deepcopy(module).train(), False: copy.deepcopy(module).eval()}
+
+    def init_params(generator: Generator) -> tuple[Params, BatchStats]:
+        generators: dict[str, HyperNetParams] = {}
+        embeddings: dict[str, Tensor] = {}
+        for key, layers in tiling.layers.items():
+            generators[key] = init_generator(
+                generator, window=layers[0].window, unit=unit, z_dim=z_dim, hidden_dim=hidden_dim, init=init
+            )
+            std = torch.cat([torch.full((layer.units,), (2 / layer.fan_in) ** 0.5) for layer in layers])
+            embeddings[key] = init_embeddings(generator, generators[key], std, init=init)
+        primary, batch_stats = init_primary(generator)
+        primary = {name: value for name, value in primary.items() if name not in generated}
+        return Params(generators, embeddings, primary), batch_stats
+
+    def kernels(params: Params) -> dict[str, Tensor]:
+        whole: dict[str, Tensor] = {}
+        for key, layers in tiling.layers.items():
+            whole |= assemble(layers, generate_kernels(params.generator[key], params.embeddings[key]))
+        return whole
+
+    def weights(params: Params) -> dict[str, Tensor]:
+        return {**params.primary, **kernels(params)}
+
+    def forward(
+        weights: dict[str, Tensor], batch_stats: BatchStats, /, *args: Any, train: bool, **kwargs: Any
+    ) -> tuple[Any, BatchStats]:
+        # functional_call writes new statistics into the tensors that it is given, so it is given copies.
+        new_stats = tree.clone(batch_stats)
+        # Without strict=True a name that the module does not know would be passed over in silence.
+        output = functional_call(modules[train], ({**weights, **new_stats},), args, kwargs, strict=True)
+        return output, new_stats
+
+    def apply(
+        params: Params, batch_stats: BatchStats, /, *args: Any, train: bool, **kwargs: Any
+    ) -> tuple[Any, BatchStats]:
+        return forward(weights(params), batch_stats, *args, train=train, **kwargs)
+
+    return Model(init_params, apply, kernels, forward, weights, tiling, module)
+
+
+def _meta_resnet(
+    depth: int, width: int, num_classes: int, *, shortcut: Shortcut, block: Block
+) -> ResNet:
+    with torch.device("meta"):
+        return ResNet(depth, width, num_classes, shortcut=shortcut, block=block)
+
+
+def _init_resnet(module: ResNet, generator: Generator) -> tuple[dict[str, Tensor], BatchStats]:
+    buffers = {
+        name: (torch.ones if name.endswith("running_var") else torch.zeros)(meta.shape, device=generator.device)
+        for name, meta in module.named_buffers()
+    }
+    return init_weights(module, generator), buffers
+
+
+def _on_meta(module: nn.Module) -> nn.Module:
+    """A copy of `module` without data; tied parameters stay tied."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in module.parameters()
+    }
+    memo |= {id(b): b.detach().to("meta") for b in module.buffers()}
+    return copy.deepcopy(module, memo)
+
+
+_TILEABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+def _default_targets(module: nn.Module, unit: tuple[int, int]) -> list[str]:
+    """Every convolution and linear weight of at least one full unit, but the first and last layer."""
+    weights = [
+        (f"{path}.weight" if path else "weight", layer.weight.shape)
+        for path, layer in module.named_modules()
+        if isinstance(layer, _TILEABLE)
+    ]
+    known = {name for name, _ in module.named_parameters()}
+    return [
+        name
+        for name, shape in weights[1:-1]
+        if name in known and shape[0] >= unit[0] and shape[1] >= unit[1]
+    ]
+
+
+def _match_targets(module: nn.Module, targets: Iterable[str]) -> list[str]:
+    """The parameters that the names and patterns match, in the module's order."""
+    names = [name for name, _ in module.named_parameters()]
+    chosen: set[str] = set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        matches = [name for name in names if name == target or fnmatchcase(name, target)]
+        if not matches:
+            near = difflib.get_close_matches(target, names, n=3, cutoff=0.4)
+            hint = f"; near names: {', '.join(near)}" if near else ""
+            raise ValueError(f"targets: the module has no parameter {target!r}{hint}")
+        chosen |= set(matches)
+    return [name for name in names if name in chosen]
+

@@ -1,0 +1,218 @@
+"""Optimizers and learning-rate schedules as functions of the step.
+
+An optimizer keeps its state as vectors over all parameters at once (`tree.ravel`), so that an update costs about a
+dozen operations however many leaves there are. The step is a tensor, never a Python number: a number would be baked
+into a compiled or captured step.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hyperfunc import tree
+
+Schedule = Callable[[Tensor], Tensor]
+"""From the number of steps done, a 0-dimensional integer tensor, to the learning rate, 0-dimensional float64."""
+
+
+class Moments(NamedTuple):
+    """Adam's running means of the gradient (m) and of its square (v), over all parameters as one vector."""
+
+    m: Float[Tensor, "params"]
+    v: Float[Tensor, "params"]
+
+
+class Momentum(NamedTuple):
+    """The momentum buffer of SGD, over all parameters as one vector."""
+
+    m: Float[Tensor, "params"]
+
+
+class Optimizer(NamedTuple):
+    """An optimizer as pure functions.
+
+    Attributes:
+        init: `init(params) -> opt_state`.
+        update: `update(grads, opt_state, params, step) -> (new params, new opt_state)`, where `step` counts the
+            updates done before this one.
+        learning_rate: The schedule that `update` follows.
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[[Any, Any, Any, Tensor], tuple[Any, Any]]
+    learning_rate: Schedule
+
+
+def adam(
+    learning_rate: float | Schedule,
+    *,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> Optimizer:
+    """Adam (Kingma and Ba 2014, arXiv 1412.6980), equal to `torch.optim.Adam`.
+
+    Args:
+        learning_rate: A number or a schedule.
+        weight_decay: L2 penalty, added to the gradient.
+        decoupled: Shrinks the parameters beside the update instead (AdamW, Loshchilov and Hutter 2017), equal to
+            `torch.optim.AdamW`.
+        betas: Decay rates of the two running means, in [0, 1).
+        eps: Added to the denominator.
+
+    Raises:
+        ValueError: A number is negative, not finite, or out of its range.
+    """
+    schedule = _as_schedule(learning_rate)
+    _check_rate("weight_decay", weight_decay)
+    _check_rate("eps", eps)
+    for beta in betas:
+        _check_fraction("betas", beta)
+    beta1, beta2 = betas
+
+    def init(params: Any) -> Moments:
+        vector, _ = tree.ravel(params)
+        return Moments(torch.zeros_like(vector), torch.zeros_like(vector))
+
+    def update(grads: Any, opt_state: Moments, params: Any, step: Int[Tensor, ""]) -> tuple[Any, Moments]:
+        g, _ = tree.ravel(grads)
+        theta, unravel = tree.ravel(params)
+        lr = schedule(step)
+        t = step.double() + 1
+        if decoupled:
+            theta = theta * (1 - lr * weight_decay)
+        elif weight_decay:
+            g = g + weight_decay * theta
+        m = torch.lerp(opt_state.m, g, 1 - beta1)
+        v = beta2 * opt_state.v + (1 - beta2) * g.square()
+        step_size = lr / (1 - beta1**t)
+        denominator = v.sqrt() / (1 - beta2**t).sqrt() + eps
+        return unravel(theta - step_size * (m / denominator)), Moments(m, v)
+
+    return Optimizer(init, update, schedule)
+
+
+def sgd(learning_rate: float | Schedule, *, momentum: float = 0.9, weight_decay: float = 0.0) -> Optimizer:
+    """SGD with Nesterov momentum, the paper's choice for ordinary weights; equal to
+    `torch.optim.SGD(nesterov=True)`.
+
+    Args:
+        learning_rate: A number or a schedule.
+        momentum: In [0, 1).
+        weight_decay: L2 penalty, added to the gradient.
+
+    Raises:
+        ValueError: A number is negative, not finite, or out of its range.
+    """
+    schedule = _as_schedule(learning_rate)
+    _check_rate("weight_decay", weight_decay)
+    _check_fraction("momentum", momentum)
+
+    def init(params: Any) -> Momentum:
+        vector, _ = tree.ravel(params)
+        return Momentum(torch.zeros_like(vector))
+
+    def update(grads: Any, opt_state: Momentum, params: Any, step: Int[Tensor, ""]) -> tuple[Any, Momentum]:
+        g, _ = tree.ravel(grads)
+        theta, unravel = tree.ravel(params)
+        if weight_decay:
+            g = g + weight_decay * theta
+        m = momentum * opt_state.m + g
+        return unravel(theta - schedule(step) * (g + momentum * m)), Momentum(m)
+
+    return Optimizer(init, update, schedule)
+
+
+def constant(value: float) -> Schedule:
+    """The same learning rate at every step."""
+    _check_rate("learning_rate", value)
+    return lambda step: torch.full_like(step, value, dtype=torch.float64)
+
+
+def piecewise(values: Sequence[float], boundaries: Sequence[int]) -> Schedule:
+    """`values[i]` from step `boundaries[i - 1]` on; `values[0]` from the start.
+
+    Raises:
+        ValueError: The lengths do not fit, the boundaries do not grow, or a value is negative or not finite.
+    """
+    if len(values) != len(boundaries) + 1:
+        raise ValueError(f"values: got {len(values)} for {len(boundaries)} boundaries, expected one more value")
+    if list(boundaries) != sorted(boundaries):
+        raise ValueError(f"boundaries: got {list(boundaries)}, expected steps in growing order")
+    for value in values:
+        _check_rate("values", value)
+    first = constant(values[0])
+
+    def schedule(step: Tensor) -> Tensor:
+        lr = first(step)
+        for value, boundary in zip(values[1:], boundaries, strict=True):
+            lr = torch.where(step >= boundary, value, lr)
+        return lr
+
+    return schedule
+
+
+def multistep(learning_rate: float, steps: int, *, at: Sequence[float] = (0.3, 0.6, 0.8), by: float = 0.5) -> Schedule:
+    """Multiplies the learning rate by `by` each time the fractions `at` of `steps` are done."""
+    _check_steps(steps)
+    values = [learning_rate * by**i for i in range(len(at) + 1)]
+    return piecewise(values, [round(fraction * steps) for fraction in at])
+
+
+def paper(learning_rate: float, steps: int, *, adaptive: bool = True) -> Schedule:
+    """The paper's own tables (Ha et al. 2016, appendix), scaled from their lengths to `steps`.
+
+    Args:
+        learning_rate: The first value: 0.002 for Adam in the paper, 0.1 for SGD.
+        steps: Length of the run.
+        adaptive: The table for Adam, four quarters at 0.002, 0.001, 0.0002 and 0.00005 over 672,000 steps; otherwise
+            the one for SGD, five fifths that fall from 0.1 by a factor of 5 each over 140,000 steps.
+    """
+    _check_steps(steps)
+    factors = (1, 0.5, 0.1, 0.025) if adaptive else (1, 0.2, 0.04, 0.008, 0.0016)
+    boundaries = [round(steps * i / len(factors)) for i in range(1, len(factors))]
+    return piecewise([learning_rate * factor for factor in factors], boundaries)
+
+
+def cosine(learning_rate: float, steps: int, *, warmup: int = 0) -> Schedule:
+    """Rises linearly over `warmup` steps to `learning_rate`, then falls along half a cosine to zero at `steps`.
+
+    Raises:
+        ValueError: The warm-up is negative or not shorter than the run, or a number is out of range.
+    """
+    _check_steps(steps)
+    if not 0 <= warmup < steps:
+        raise ValueError(f"warmup: got {warmup}, expected at least 0 and less than the {steps} steps of the run")
+    _check_rate("learning_rate", learning_rate)
+
+    def schedule(step: Tensor) -> Tensor:
+        done = step.double()
+        rising = (done + 1) / max(warmup, 1)
+        falling = 0.5 + 0.5 * torch.cos(math.pi * (done - warmup) / (steps - warmup))
+        return learning_rate * torch.where(step < warmup, rising, falling)
+
+    return schedule
+
+
+def _as_schedule(learning_rate: float | Schedule) -> Schedule:
+    return learning_rate if callable(learning_rate) else constant(learning_rate)
+
+
+def _check_rate(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: got {value}, expected a finite number of at least 0")
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: got {value}, expected at least 0 and less than 1")
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps: got {steps}, expected at least 1")

@@ -1,0 +1,104 @@
+"""Which tensors of a network are generated, how each is tiled from basic kernels, and the assembly.
+
+A generated tensor of shape (out, in, *window) is a grid of basic kernels, row-major: the tiles of the first `unit[0]`
+output channels come first, from the first input channels to the last. Where a channel count is not a multiple of the
+unit, the last tiles reach over the edge and are cropped.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Layer(NamedTuple):
+    """One generated tensor: its name in the module, its shape (out, in, *window) and its grid (output, input tiles)."""
+
+    name: str
+    shape: tuple[int, ...]
+    grid: tuple[int, int]
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """The spatial extent of the kernel; () for a matrix."""
+        return self.shape[2:]
+
+    @property
+    def fan_in(self) -> int:
+        """Inputs that one output of the whole layer sums over."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def units(self) -> int:
+        """Basic kernels in this layer."""
+        return math.prod(self.grid)
+
+
+class Tiling(NamedTuple):
+    """The generated layers of one network, by the key of the generator that serves them, in the module's order."""
+
+    unit: tuple[int, int]
+    layers: dict[str, tuple[Layer, ...]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all generated tensors."""
+        return tuple(layer.name for layers in self.layers.values() for layer in layers)
+
+
+def window_key(window: Sequence[int]) -> str:
+    """The name of the generator for a window: '3x3', '5', or 'matrix' for the empty one."""
+    return "x".join(str(extent) for extent in window) or "matrix"
+
+
+def tile(shapes: Mapping[str, Sequence[int]], unit: tuple[int, int] = (16, 16)) -> Tiling:
+    """Lays the grid of basic kernels over every named shape (out, in, *window).
+
+    Raises:
+        ValueError: A unit is not positive, or a shape has fewer than two dimensions.
+    """
+    if min(unit) < 1:
+        raise ValueError(f"unit: got {unit}, expected two positive channel counts (out, in)")
+    layers: dict[str, list[Layer]] = {}
+    for name, shape in shapes.items():
+        if len(shape) < 2:
+            raise ValueError(f"{name}: a generated tensor needs the shape (out, in, *window), got {tuple(shape)}")
+        grid = (math.ceil(shape[0] / unit[0]), math.ceil(shape[1] / unit[1]))
+        layer = Layer(name, tuple(shape), grid)
+        layers.setdefault(window_key(layer.window), []).append(layer)
+    return Tiling(unit, {key: tuple(value) for key, value in layers.items()})
+
+
+def assemble(layers: Sequence[Layer], units: Float[Tensor, "units out in *window"]) -> dict[str, Tensor]:
+    """Puts basic kernels, in the order of `layers` and of each layer's grid, together to whole kernels.
+
+    Consecutive layers of one shape are put together at once, so that the cost is a copy for each run of equal layers
+    and not for each layer or unit; the layers of a run are views of one tensor. Kernels with a two-dimensional window
+    come out in channels_last memory order, the one that the fast convolutions want.
+    """
+    runs = [list(run) for _, run in groupby(layers, key=lambda layer: layer.shape)]
+    parts = torch.split(units, [sum(layer.units for layer in run) for run in runs])
+    kernels: dict[str, Tensor] = {}
+    for run, part in zip(runs, parts, strict=True):
+        for layer, kernel in zip(run, _assemble_run(run[0], len(run), part), strict=True):
+            kernels[layer.name] = kernel
+    return kernels
+
+
+def _assemble_run(layer: Layer, count: int, units: Tensor) -> tuple[Tensor, ...]:
+    """The kernels of `count` layers that are all shaped like `layer`."""
+    # Input channels last in memory: exactly channels_last for a two-dimensional window, and one copy in any case.
+    whole = rearrange(
+        units,
+        "(layer tile_out tile_in) cout cin ... -> layer (tile_out cout) ... (tile_in cin)",
+        layer=count,
+        tile_out=layer.grid[0],
+        tile_in=layer.grid[1],
+    )
+    whole = whole.movedim(-1, 2)[:, : layer.shape[0], : layer.shape[1]]
+    return whole.unbind(0)

@@ -1,0 +1,86 @@
+"""Pytrees: nested NamedTuples, dicts, lists and tuples with tensors at the leaves.
+
+The names follow `jax.tree`. Every use of `torch.utils._pytree` in the package is here, because that module is private
+to torch and may move.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Tree = TypeVar("Tree")
+"""Any nesting of NamedTuple, dict, list and tuple whose leaves are tensors."""
+
+
+def map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
+    """Applies `function` to every leaf (and to the leaves that stand at the same place in `others`)."""
+    return pytree.tree_map(function, tree, *others)
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    """The leaves, in the order of the tree's fields and keys."""
+    return pytree.tree_leaves(tree)
+
+
+def named_leaves(tree: Any) -> dict[str, Tensor]:
+    """The leaves by path, as in `params/generator/3x3/w_in`; a single tensor has the path ``''``."""
+    paths_and_leaves, _ = pytree.tree_flatten_with_path(tree)
+    return {"/".join(_key_name(key) for key in path): leaf for path, leaf in paths_and_leaves}
+
+
+def replace_leaves(tree: Tree, new: Mapping[str, Any] | Sequence[Any]) -> Tree:
+    """The same tree with other leaves, given by path (as `named_leaves` names them) or in the order of `leaves`."""
+    values = [new[name] for name in named_leaves(tree)] if isinstance(new, Mapping) else list(new)
+    return pytree.tree_unflatten(values, pytree.tree_structure(tree))
+
+
+def num_params(tree: Any) -> int:
+    """The number of scalars in all leaves together."""
+    return sum(leaf.numel() for leaf in leaves(tree))
+
+
+def to(tree: Tree, *args: Any, **kwargs: Any) -> Tree:
+    """`Tensor.to` on every leaf: another device, another floating-point type."""
+    return map(lambda leaf: leaf.to(*args, **kwargs), tree)
+
+
+def clone(tree: Tree) -> Tree:
+    """A copy that shares no memory with the original."""
+    return map(torch.clone, tree)
+
+
+def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
+    """All leaves as one vector, and the function that makes the tree again from such a vector.
+
+    The tree that comes back consists of views of the vector. One vector turns an update of every parameter into a
+    handful of operations, where a loop over leaves takes a handful for each.
+
+    Raises:
+        ValueError: The leaves differ in dtype, or there are none.
+    """
+    values = leaves(tree)
+    dtypes = sorted({str(leaf.dtype) for leaf in values})
+    if len(dtypes) != 1:
+        found = " and ".join(dtypes) or "no leaf at all"
+        raise ValueError(f"ravel: all leaves must have one dtype, got {found}; convert them with tree.to(tree, dtype)")
+    shapes = [leaf.shape for leaf in values]
+    sizes = [math.prod(shape) for shape in shapes]
+    structure = pytree.tree_structure(tree)
+
+    def unravel(vector: Tensor) -> Tree:
+        parts = torch.split(vector, sizes)
+        return pytree.tree_unflatten([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], structure)
+
+    return torch.cat([leaf.reshape(-1) for leaf in values]), unravel
+
+
+def _key_name(key: Any) -> str:
+    """The field, key or position that one step of a path goes through."""
+    for attribute in ("name", "key", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    raise TypeError(f"a path of torch's pytree has a key of unknown kind: {key!r}")
