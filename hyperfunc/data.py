@@ -65,7 +65,7 @@ class Dataset(NamedTuple):
 class Draw(NamedTuple):
     """For each picture of an epoch, or of a batch: which one, where its crop begins, and whether it is mirrored."""
 
-    index: Int[Tensor, "n"]
+    picture: Int[Tensor, "n"]
     top: Int[Tensor, "n"]
     left: Int[Tensor, "n"]
     flip: Bool[Tensor, "n"]
@@ -141,8 +141,8 @@ def draw(generator: Generator, count: int, *, flip: bool = True) -> Draw:
     def uniform(high: int) -> Tensor:
         return torch.randint(high, (count,), generator=generator, device=generator.device)
 
-    index = torch.randperm(count, generator=generator, device=generator.device)
-    return Draw(index, uniform(2 * PAD + 1), uniform(2 * PAD + 1), uniform(2).bool() & flip)
+    picture = torch.randperm(count, generator=generator, device=generator.device)
+    return Draw(picture, uniform(2 * PAD + 1), uniform(2 * PAD + 1), uniform(2).bool() & flip)
 
 
 def seeded_generator(*key: str | int) -> Generator:
@@ -163,7 +163,7 @@ def crop_and_flip(padded: UInt8[Tensor, "n h2 w2 c"], draw: Draw) -> UInt8[Tenso
     rows = draw.top[:, None] + torch.arange(height, device=device)
     columns = torch.arange(width, device=device)
     columns = draw.left[:, None] + torch.where(draw.flip[:, None], width - 1 - columns, columns)
-    return padded[draw.index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return padded[draw.picture[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def normalize(pixels: UInt8[Tensor, "n h w c"], normalization: Normalization) -> Float[Tensor, "n c h w"]:
@@ -179,7 +179,7 @@ def make_train_load(
     labels = images.labels
 
     def load(draw: Draw) -> tuple[Tensor, Tensor]:
-        return normalize(crop_and_flip(padded, draw), normalization), labels[draw.index]
+        return normalize(crop_and_flip(padded, draw), normalization), labels[draw.picture]
 
     return load
 
@@ -204,7 +204,9 @@ def batches(rows: Any, batch_size: int, *, start: int = 0) -> Iterator[Any]:
 def _split(dataset: Dataset, val_size: int, train_size: int, seed: int) -> Dataset:
     available = len(dataset.train.labels)
     if not 0 <= val_size < available:
-        raise ValueError(f"val_size: got {val_size}, expected at least 0 and less than the {available} training pictures")
+        raise ValueError(
+            f"val_size: got {val_size}, expected at least 0 and less than the {available} training pictures"
+        )
     if not 0 <= train_size <= available - val_size:
         raise ValueError(f"train_size: got {train_size}, expected at most the {available - val_size} training pictures")
     val = None
@@ -219,8 +221,8 @@ def _split(dataset: Dataset, val_size: int, train_size: int, seed: int) -> Datas
     if missing:
         names = ", ".join(dataset.classes[label] for label in sorted(missing)[:3])
         raise ValueError(
-            f"train_size, val_size: of the {len(dataset.classes)} classes {len(missing)} have no picture left among the "
-            f"{len(train.labels)} training pictures ({names}); keep more of them"
+            f"train_size, val_size: of the {len(dataset.classes)} classes {len(missing)} have no picture left among "
+            f"the {len(train.labels)} training pictures ({names}); keep more of them"
         )
     return dataset._replace(train=train, val=val)
 
@@ -245,7 +247,9 @@ def _from_arrays(dataset: Any) -> Images:
     return Images(torch.from_numpy(dataset.data), torch.tensor(dataset.targets))
 
 
-def _download(source: Any, data_dir: Path, notify: Callable[[str], None], *, tries: int = 3, timeout: float = 20) -> None:
+def _download(
+    source: Any, data_dir: Path, notify: Callable[[str], None], *, tries: int = 3, timeout: float = 20
+) -> None:
     """Brings the archive into `data_dir`, unless it lies there already; torchvision unpacks and checks it."""
     from torchvision.datasets.utils import check_integrity, download_url
 
@@ -281,11 +285,11 @@ def _digits() -> Dataset:
         raise ValueError(
             "dataset: 'digits' come with scikit-learn, which is not installed; pip install 'hyperfunc-torch[digits]'"
         ) from None
-    data = load_digits()
-    grey = torch.from_numpy(data.images).float()[:, None] * (255 / 16)
+    values, targets = load_digits(return_X_y=True)
+    grey = torch.from_numpy(values).float().view(-1, 1, 8, 8) * (255 / 16)
     grey = F.interpolate(grey, size=(SIZE, SIZE), mode="bilinear", antialias=False)
     pixels = grey.round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
-    labels = torch.from_numpy(data.target).long()
+    labels = torch.from_numpy(targets).long()
     order = torch.randperm(len(labels), generator=seeded_generator("digits"))
     test, train = order[: len(order) // 5], order[len(order) // 5 :]
     classes = tuple(str(digit) for digit in range(10))
@@ -310,7 +314,7 @@ def _folder(data_dir: Path, progress: Progress, notify: Callable[[str], None]) -
     if not data_dir.is_dir():
         raise ValueError(f"data_dir: there is no folder {str(data_dir)!r}; expected one with train/<class>/* in it")
     listing = {part: _list_classes(data_dir / part, notify) for part in ("train", "test")}
-    classes = tuple(listing["train"])
+    classes: tuple[str, ...] = tuple(listing["train"])
     unknown = sorted(set(listing["test"]) - set(classes))
     if unknown:
         raise ValueError(
@@ -341,7 +345,9 @@ def _folder(data_dir: Path, progress: Progress, notify: Callable[[str], None]) -
 def _list_classes(folder: Path, notify: Callable[[str], None]) -> dict[str, list[Path]]:
     """The pictures of each class; files that are no pictures by their names are left out, and said to be."""
     if not folder.is_dir():
-        raise ValueError(f"data_dir: there is no folder {str(folder)!r}; expected one with a folder for each class in it")
+        raise ValueError(
+            f"data_dir: there is no folder {str(folder)!r}; expected one with a folder for each class in it"
+        )
     known = Image.registered_extensions()
     by_class: dict[str, list[Path]] = {}
     ignored: list[Path] = []

@@ -245,9 +245,7 @@ def _make_model(
     return Model(init_params, apply, kernels, forward, weights, tiling, module)
 
 
-def _meta_resnet(
-    depth: int, width: int, num_classes: int, *, shortcut: Shortcut, block: Block
-) -> ResNet:
+def _meta_resnet(depth: int, width: int, num_classes: int, *, shortcut: Shortcut, block: Block) -> ResNet:
     with torch.device("meta"):
         return ResNet(depth, width, num_classes, shortcut=shortcut, block=block)
 
@@ -280,11 +278,7 @@ def _default_targets(module: nn.Module, unit: tuple[int, int]) -> list[str]:
         if isinstance(layer, _TILEABLE)
     ]
     known = {name for name, _ in module.named_parameters()}
-    return [
-        name
-        for name, shape in weights[1:-1]
-        if name in known and shape[0] >= unit[0] and shape[1] >= unit[1]
-    ]
+    return [name for name, shape in weights[1:-1] if name in known and shape[0] >= unit[0] and shape[1] >= unit[1]]
 
 
 def _match_targets(module: nn.Module, targets: Iterable[str]) -> list[str]:
@@ -299,4 +293,3 @@ def _match_targets(module: nn.Module, targets: Iterable[str]) -> list[str]:
             raise ValueError(f"targets: the module has no parameter {target!r}{hint}")
         chosen |= set(matches)
     return [name for name in names if name in chosen]
-

@@ -157,11 +157,14 @@ def piecewise(values: Sequence[float], boundaries: Sequence[int]) -> Schedule:
     return schedule
 
 
-def multistep(learning_rate: float, steps: int, *, at: Sequence[float] = (0.3, 0.6, 0.8), by: float = 0.5) -> Schedule:
-    """Multiplies the learning rate by `by` each time the fractions `at` of `steps` are done."""
-    _check_steps(steps)
+def multistep(
+    learning_rate: float, epochs: int, steps_per_epoch: int, *, at: Sequence[float] = (0.3, 0.6, 0.8), by: float = 0.5
+) -> Schedule:
+    """Multiplies the learning rate by `by` each time the fractions `at` of the epochs are done, in whole epochs and not
+    before the first is over."""
+    _check_steps(epochs * steps_per_epoch)
     values = [learning_rate * by**i for i in range(len(at) + 1)]
-    return piecewise(values, [round(fraction * steps) for fraction in at])
+    return piecewise(values, [max(1, round(fraction * epochs)) * steps_per_epoch for fraction in at])
 
 
 def paper(learning_rate: float, steps: int, *, adaptive: bool = True) -> Schedule:

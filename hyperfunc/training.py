@@ -33,7 +33,7 @@ class Metrics(NamedTuple):
 
     loss: Float[Tensor, ""]
     correct: Int[Tensor, ""]
-    count: Int[Tensor, ""]
+    total: Int[Tensor, ""]
 
 
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]

@@ -1,0 +1,99 @@
+"""python -m hyperfunc.check_gpu: what torch can use of this machine, and a training step on each device as proof.
+
+Exits with 0 if all devices work (the CPU, where there is no GPU) and with 1 and a remedy if a GPU is there but cannot
+be used.
+"""
+
+import platform
+import subprocess
+import sys
+
+import torch
+
+import hyperfunc as hf
+from hyperfunc import data, optim, training, tree
+
+
+def main() -> int:
+    """Prints the report and returns the exit code."""
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    present = nvidia_smi("--query-gpu=name,driver_version", "--format=csv,noheader")
+    for label, value in (
+        ("Python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("CUDA", torch.version.cuda or "none in this build of torch"),
+        ("cuDNN", str(torch.backends.cudnn.version() or "none")),
+        ("driver", ", ".join(sorted({line.split(",")[-1].strip() for line in present})) or "none found"),
+        ("GPUs", str(visible)),
+    ):
+        print(f"{label:9}{value}")
+
+    failed = False
+    if present and not visible:
+        print(f"FAILED   {len(present)} NVIDIA GPU(s) present ({present[0]}), but torch can use none: {remedy()}")
+        failed = True
+    devices = [torch.device("cuda", index) for index in range(visible)] or [torch.device("cpu")]
+    for device in devices:
+        print(f"{device!s:9}{describe(device)}")
+        try:
+            loss = train_one_step(device)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            print(f"FAILED   no training step on {device}: {reason}: {remedy()}")
+            failed = True
+        else:
+            print(f"         one training step: loss {loss:.4f}")
+    return int(failed)
+
+
+def train_one_step(device: torch.device) -> float:
+    """Trains a small hypernetwork for a step on made-up pictures and returns the loss.
+
+    Raises:
+        RuntimeError: The device cannot do it, or the loss is not finite.
+    """
+    model = hf.hyper_resnet(depth=10)
+    optimizer = optim.adam(0.002)
+    generator = data.seeded_generator("check_gpu")
+    state = tree.to(training.init_state(model, optimizer, generator), device)
+    images = torch.randn(8, 3, data.SIZE, data.SIZE, generator=generator).to(device)
+    labels = torch.arange(8, device=device)
+    _, metrics = training.make_train_step(model, optimizer)(state, (images, labels))
+    loss = (metrics.loss / metrics.total).item()
+    if not loss < float("inf"):
+        raise RuntimeError(f"the loss is {loss}")
+    return loss
+
+
+def describe(device: torch.device) -> str:
+    """Name, memory and compute capability of a GPU; cores of a CPU."""
+    if device.type == "cpu":
+        return f"{platform.machine()}, {torch.get_num_threads()} threads"
+    properties = torch.cuda.get_device_properties(device)
+    memory = properties.total_memory / 2**30
+    return f"{properties.name}, {memory:.0f} GiB, compute capability {properties.major}.{properties.minor}"
+
+
+def remedy() -> str:
+    """What to do about a GPU that torch cannot use."""
+    if torch.version.cuda is None:
+        return "this build of torch is for the CPU alone; pip install --force-reinstall torch torchvision from PyPI"
+    if not torch.cuda.is_available():
+        return (
+            f"the driver does not work with CUDA {torch.version.cuda}; update it, or install a torch built for an older "
+            "CUDA, and see that CUDA_VISIBLE_DEVICES does not hide the GPU"
+        )
+    return f"this torch was built for {', '.join(torch.cuda.get_arch_list())}; install one built for this GPU"
+
+
+def nvidia_smi(*arguments: str) -> list[str]:
+    """The lines that nvidia-smi prints, none where there is no such program or it fails."""
+    try:
+        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line for line in done.stdout.splitlines() if line.strip()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Signals that ask a run to end."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised by a signal while nothing is in hand that must be finished first."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Interrupts:
+    """Turns Ctrl-C and SIGTERM into an exception, or, while deferred, into a note to look at between two steps.
+
+    A second signal ends the process at once: whoever asks twice does not want to wait.
+
+    Attributes:
+        received: The number of the signal that came while deferred, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._deferred = False
+
+    def install(self) -> None:
+        """Takes the signals over; needed even for Ctrl-C, which a shell's background jobs start out ignoring."""
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within this block a signal is noted in `received` and raises nothing."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            exit_at_once(number)
+        self.received = number
+        if not self._deferred:
+            raise Interrupted(number)
+
+
+def exit_at_once(number: int) -> NoReturn:
+    """Ends the process as a shell expects it after a signal, without running anything else."""
+    os._exit(128 + number)

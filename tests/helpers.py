@@ -1,0 +1,84 @@
+"""Small tools of the tests."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hyperfunc import data
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function without the tests' own type checker, which would refuse an unknown name before the function can."""
+    return getattr(function, "__wrapped__", function)
+
+
+def assert_trees_equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    """Equal bit for bit, leaf by leaf."""
+    assert ours.keys() == theirs.keys()
+    for path, leaf in ours.items():
+        assert torch.equal(leaf, theirs[path]), path
+
+
+def make_folder(
+    path: Path, *, classes: tuple[str, ...] = ("cat", "dog"), train: int = 12, test: int = 6, size: int = 32
+) -> Path:
+    """A folder of small pictures, a colour a class, as --dataset folder reads them."""
+    generator = data.seeded_generator("folder")
+    for part, count in (("train", train), ("test", test)):
+        for label, name in enumerate(classes):
+            folder = path / part / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                noise = torch.randint(60, (size, size, 3), generator=generator, dtype=torch.uint8)
+                noise[..., label % 3] += 150
+                Image.fromarray(noise.numpy()).save(folder / f"{index:04}.png")
+    return path
+
+
+def train_command(*flags: str) -> list[str]:
+    """train.py with flags that make it small, unless others are given."""
+    return [sys.executable, str(ROOT / "train.py"), "--no-wandb", "--device", "cpu", "--depth", "10", *flags]
+
+
+def run_train(
+    *flags: str, cwd: Path, env: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Runs train.py to its end as a user would."""
+    return subprocess.run(
+        train_command(*flags),
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        **options,
+    )
+
+
+def interrupt_train(*flags: str, cwd: Path, after: str, number: int = signal.SIGINT) -> tuple[int, str, float]:
+    """Starts train.py, sends a signal once a line starts with `after`; returns exit code, output, seconds to the end."""
+    process = subprocess.Popen(
+        train_command(*flags), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    output = ""
+    for line in process.stdout:
+        output += line
+        if line.startswith(after):
+            break
+    sent = time.monotonic()
+    process.send_signal(number)
+    output += process.communicate(timeout=60)[0]
+    return process.returncode, output, time.monotonic() - sent

@@ -1,0 +1,248 @@
+import math
+
+import oracle
+import pytest
+import torch
+import torchvision
+from helpers import assert_trees_equal
+from torch import Generator, Tensor, nn
+from torch.func import grad
+from torch.nn import functional as F
+
+import hyperfunc as hf
+from hyperfunc import tree
+from hyperfunc.model import Model
+
+
+def in_float64(model: Model, generator: Generator) -> tuple[hf.Params, hf.BatchStats]:
+    """Parameters and statistics in float64, all of them drawn, so that no zero hides a mistake."""
+    params, batch_stats = model.init(generator)
+
+    def perturb(leaf: Tensor) -> Tensor:
+        return leaf.double() + 0.1 * torch.randn(leaf.shape, generator=generator, dtype=torch.float64).abs()
+
+    return tree.map(perturb, params), tree.map(perturb, batch_stats)
+
+
+def batch(generator: Generator, count: int = 4) -> tuple[Tensor, Tensor]:
+    images = torch.randn(count, 3, 32, 32, generator=generator, dtype=torch.float64)
+    return images, torch.arange(count) % 10
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "options", "hyper", "plain"),
+    [
+        (40, 1, {}, 96_570, 562_730),
+        (40, 2, {}, 147_578, 2_235_498),
+        (40, 1, {"block": "pre"}, 96_570, 562_730),
+        (40, 2, {"block": "pre"}, 147_578, 2_235_498),
+        (40, 1, {"shortcut": "conv"}, 99_226, 565_386),
+        (40, 2, {"shortcut": "conv"}, 158_554, 2_246_474),
+        (40, 2, {"shortcut": "conv", "block": "pre"}, 158_554, 2_246_474),
+    ],
+)
+def test_parameter_counts(
+    generator: Generator, depth: int, width: int, options: dict[str, str], hyper: int, plain: int
+) -> None:
+    assert hf.num_params(hf.hyper_resnet(depth, width, **options).init(generator)[0]) == hyper
+    assert hf.num_params(hf.resnet(depth, width, **options).init(generator)[0]) == plain
+
+
+@pytest.mark.parametrize(("width", "units"), [(1, 242), (2, 966)])
+def test_numbers_of_basic_kernels(generator: Generator, width: int, units: int) -> None:
+    params, _ = hf.hyper_resnet(40, width).init(generator)
+    assert params.embeddings["3x3"].shape == (units, 64)
+
+
+@pytest.mark.parametrize(("depth", "width"), [(10, 1), (16, 2)])
+def test_kernels_logits_and_gradients_agree_with_the_oracle(generator: Generator, depth: int, width: int) -> None:
+    model = hf.hyper_resnet(depth, width, z_dim=8)
+    params, batch_stats = in_float64(model, generator)
+    images, labels = batch(generator)
+
+    def oracle_logits(params: hf.Params, stats: hf.BatchStats | None) -> Tensor:
+        weights = params.primary | oracle.resnet_kernels(params, depth, width)
+        return oracle.resnet_logits(weights, images, depth, stats)
+
+    ours, theirs = model.kernels(params), oracle.resnet_kernels(params, depth, width)
+    assert list(ours) == list(theirs)
+    for name, kernel in ours.items():
+        torch.testing.assert_close(kernel, theirs[name], rtol=oracle.EXACT, atol=oracle.EXACT)
+
+    for train, stats in ((True, None), (False, batch_stats)):
+        logits, _ = model.apply(params, batch_stats, images, train=train)
+        torch.testing.assert_close(logits, oracle_logits(params, stats), rtol=oracle.EXACT, atol=oracle.EXACT)
+
+    ours = grad(lambda p: F.cross_entropy(model.apply(p, batch_stats, images, train=True)[0], labels))(params)
+    leaves = tree.map(lambda leaf: leaf.clone().requires_grad_(), params)
+    F.cross_entropy(oracle_logits(leaves, None), labels).backward()
+    for path, leaf in tree.named_leaves(leaves).items():
+        assert leaf.grad is not None, path
+        torch.testing.assert_close(tree.named_leaves(ours)[path], leaf.grad, rtol=oracle.EXACT, atol=oracle.EXACT)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_every_kernel_starts_at_hes_scale(generator: Generator, width: int) -> None:
+    model = hf.hyper_resnet(40, width)
+    params, _ = model.init(generator)
+    for name, kernel in model.kernels(params).items():
+        fan_in = math.prod(kernel.shape[1:])
+        assert kernel.std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=0.05), name
+
+
+def test_init_is_a_function_of_the_generator_alone() -> None:
+    model = hf.hyper_resnet(10)
+    torch.manual_seed(1)
+    first = tree.named_leaves(model.init(Generator().manual_seed(5)))
+    before = torch.get_rng_state()
+    torch.manual_seed(2)
+    second = tree.named_leaves(model.init(Generator().manual_seed(5)))
+    other = tree.named_leaves(model.init(Generator().manual_seed(6)))
+    assert_trees_equal(first, second)
+    assert not torch.equal(first["0/embeddings/3x3"], other["0/embeddings/3x3"])
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_apply_writes_none_of_its_arguments(generator: Generator, train: bool) -> None:
+    model = hf.hyper_resnet(10)
+    params, batch_stats = model.init(generator)
+    images = torch.randn(4, 3, 32, 32, generator=generator)
+    before = tree.clone((params, batch_stats, {"images": images}))
+    model.apply(params, batch_stats, images, train=train)
+    assert_trees_equal(
+        tree.named_leaves(before), tree.named_leaves((params, batch_stats, {"images": images}))
+    )
+
+
+def test_statistics_move_in_training_and_stay_in_evaluation(generator: Generator) -> None:
+    model = hf.hyper_resnet(10)
+    params, batch_stats = model.init(generator)
+    images = 3 + torch.randn(16, 3, 32, 32, generator=generator)
+    _, moved = model.apply(params, batch_stats, images, train=True)
+    stem = F.conv2d(images, params.primary["stem.weight"], params.primary["stem.bias"], padding=1)
+    expected = 0.1 * stem.mean(dim=(0, 2, 3))
+    torch.testing.assert_close(moved["bn.running_mean"], expected, rtol=1e-4, atol=1e-5)
+    _, stayed = model.apply(params, moved, images, train=False)
+    assert_trees_equal(stayed, moved)
+
+
+def test_evaluation_does_not_depend_on_the_batch(generator: Generator) -> None:
+    model = hf.hyper_resnet(10)
+    params, batch_stats = in_float64(model, generator)
+    images, _ = batch(generator, 6)
+    together, _ = model.apply(params, batch_stats, images, train=False)
+    alone = torch.cat([model.apply(params, batch_stats, image[None], train=False)[0] for image in images])
+    torch.testing.assert_close(together, alone, rtol=oracle.EXACT, atol=oracle.EXACT)
+
+
+def test_apply_is_forward_of_weights(generator: Generator) -> None:
+    model = hf.hyper_resnet(10)
+    params, batch_stats = model.init(generator)
+    images = torch.randn(2, 3, 32, 32, generator=generator)
+    applied = model.apply(params, batch_stats, images, train=True)
+    assert_trees_equal(
+        tree.named_leaves(applied),
+        tree.named_leaves(model.forward(model.weights(params), batch_stats, images, train=True)),
+    )
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown"])
+def test_wrong_names_are_errors(generator: Generator, damage: str) -> None:
+    model = hf.resnet(10)
+    params, batch_stats = model.init(generator)
+    primary = dict(params.primary)
+    if damage == "missing":
+        del primary["head.bias"]
+    else:
+        primary["head.bais"] = primary["head.bias"]
+    with pytest.raises(RuntimeError, match="head.b"):
+        model.apply(params._replace(primary=primary), batch_stats, torch.randn(2, 3, 32, 32), train=True)
+
+
+@pytest.mark.parametrize("make", [hf.hyper_resnet, hf.resnet])
+def test_materialize_is_the_same_network_without_the_hypernetwork(generator: Generator, make) -> None:  # noqa: ANN001
+    model = make(10)
+    params, batch_stats = in_float64(model, generator)
+    images, _ = batch(generator)
+    network = hf.materialize(model, params, batch_stats)
+    assert type(network) is hf.ResNet
+    assert hf.num_params(dict(network.named_parameters())) == 75_530
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in network.parameters())
+    logits = network.eval()(images)
+    torch.testing.assert_close(
+        logits, model.apply(params, batch_stats, images, train=False)[0], rtol=oracle.EXACT, atol=oracle.EXACT
+    )
+    with torch.no_grad():
+        network.head.weight.zero_()
+    assert params.primary["head.weight"].abs().sum() > 0
+
+
+def test_hyperize_leaves_the_module_alone_and_keeps_its_other_weights(generator: Generator) -> None:
+    module = torchvision.models.resnet18(num_classes=10)
+    before = tree.clone(module.state_dict())
+    model = hf.hyperize(module, unit=(16, 16), z_dim=64)
+    params, batch_stats = model.init(generator)
+    images = torch.randn(2, 3, 64, 64, generator=generator)
+    logits, moved = model.apply(params, batch_stats, images, train=True)
+    assert logits.shape == (2, 10)
+    assert_trees_equal(dict(module.state_dict()), dict(before))
+    assert torch.equal(params.primary["conv1.weight"], module.conv1.weight)
+    assert moved["bn1.num_batches_tracked"] == 1
+    assert set(params.generator) == {"3x3", "1x1"}
+    assert "layer1.0.conv1.weight" in model.tiling.names
+    assert "conv1.weight" not in model.tiling.names
+    assert "fc.weight" not in model.tiling.names
+    for name, kernel in model.kernels(params).items():
+        assert kernel.shape == dict(module.named_parameters())[name].shape
+        fan_in = math.prod(kernel.shape[1:])
+        assert kernel.std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=0.05), name
+
+    network = hf.materialize(model, params, batch_stats).eval()
+    own = torchvision.models.resnet18(num_classes=10)
+    own.load_state_dict(network.state_dict())
+    torch.testing.assert_close(
+        own.eval()(images), model.apply(params, batch_stats, images, train=False)[0], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_hyperize_keeps_tied_weights_tied(generator: Generator) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(16, 16)
+            self.second = nn.Linear(16, 16)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.relu(self.first(x)))
+
+    model = hf.hyperize(Tied(), targets=["first.weight"], z_dim=8)
+    params, batch_stats = model.init(generator)
+    x = torch.randn(3, 16, generator=generator)
+    weight = model.kernels(params)["first.weight"]
+    hidden = torch.relu(x @ weight.T + params.primary["first.bias"])
+    expected = hidden @ weight.T + params.primary["second.bias"]
+    torch.testing.assert_close(model.apply(params, batch_stats, x, train=True)[0], expected)
+    network = hf.materialize(model, params, batch_stats)
+    assert network.first.weight is network.second.weight
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["layer1.0.conv3.weight"], r"no parameter 'layer1.0.conv3.weight'; near names: layer1.0.conv"),
+        (["*.nothing"], r"no parameter '\*.nothing'"),
+        (["bn1.weight"], r"bn1.weight: a generated tensor needs the shape"),
+        ([], "none of the module's weights fills a unit"),
+    ],
+)
+def test_bad_targets(targets: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hf.hyperize(torchvision.models.resnet18(num_classes=10), targets=targets)
+
+
+def test_targets_may_be_patterns() -> None:
+    model = hf.hyperize(torchvision.models.resnet18(num_classes=10), targets=["layer4.*.conv?.weight"])
+    assert model.tiling.names == tuple(f"layer4.{i}.conv{j}.weight" for i in (0, 1) for j in (1, 2))

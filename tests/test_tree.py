@@ -1,0 +1,57 @@
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyperfunc import tree
+
+
+class Pair(NamedTuple):
+    left: Tensor
+    right: dict[str, Tensor]
+
+
+def a_tree() -> Pair:
+    return Pair(torch.arange(6.0).view(2, 3), {"a.b": torch.tensor(7.0), "c": torch.ones(4).view(2, 2).t()})
+
+
+def test_named_leaves_are_paths_in_order() -> None:
+    assert list(tree.named_leaves(a_tree())) == ["left", "right/a.b", "right/c"]
+
+
+def test_ravel_and_unravel_are_inverse() -> None:
+    vector, unravel = tree.ravel(a_tree())
+    assert vector.shape == (11,)
+    back = unravel(vector)
+    assert isinstance(back, Pair)
+    for ours, theirs in zip(tree.leaves(back), tree.leaves(a_tree()), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_ravel_refuses_mixed_dtypes() -> None:
+    with pytest.raises(ValueError, match=r"float32 and torch\.int64"):
+        tree.ravel({"a": torch.ones(1), "b": torch.ones(1, dtype=torch.int64)})
+
+
+def test_ravel_refuses_an_empty_tree() -> None:
+    with pytest.raises(ValueError, match="no leaf at all"):
+        tree.ravel({})
+
+
+def test_replace_leaves_by_path_and_by_order() -> None:
+    named = {path: leaf + 1 for path, leaf in tree.named_leaves(a_tree()).items()}
+    for new in (named, list(named.values())):
+        replaced = tree.replace_leaves(a_tree(), new)
+        assert torch.equal(replaced.right["a.b"], torch.tensor(8.0))
+
+
+def test_clone_shares_no_memory() -> None:
+    original = a_tree()
+    for ours, theirs in zip(tree.leaves(tree.clone(original)), tree.leaves(original), strict=True):
+        assert ours.data_ptr() != theirs.data_ptr()
+
+
+def test_to_converts_and_num_params_counts() -> None:
+    assert {leaf.dtype for leaf in tree.leaves(tree.to(a_tree(), torch.float64))} == {torch.float64}
+    assert tree.num_params(a_tree()) == 11
