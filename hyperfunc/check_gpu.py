@@ -80,8 +80,8 @@ def remedy() -> str:
         return "this build of torch is for the CPU alone; pip install --force-reinstall torch torchvision from PyPI"
     if not torch.cuda.is_available():
         return (
-            f"the driver does not work with CUDA {torch.version.cuda}; update it, or install a torch built for an older "
-            "CUDA, and see that CUDA_VISIBLE_DEVICES does not hide the GPU"
+            f"the driver does not work with CUDA {torch.version.cuda}; update it, or install a torch built for an "
+            "older CUDA, and see that CUDA_VISIBLE_DEVICES does not hide the GPU"
         )
     return f"this torch was built for {', '.join(torch.cuda.get_arch_list())}; install one built for this GPU"
 

@@ -5,9 +5,12 @@ on the device, which also crops and flips, and which can stand inside a compiled
 depends on the seed and the epoch alone, so that a run can be continued at any step without saving a random state.
 """
 
+import contextlib
 import hashlib
+import io
 import os
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -261,10 +264,12 @@ def _download(
     # torchvision sets no time limit, so a silent server would be waited for without end.
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(timeout)
+    # Its progress bar writes carriage returns by the thousand into a log that is no terminal.
+    stderr = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
         for _ in range(tries):
             try:
-                with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as folder:
+                with stderr, tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as folder:
                     download_url(source.url, folder, source.filename, source.tgz_md5)
                     os.replace(Path(folder) / source.filename, archive)
                 return
@@ -322,7 +327,7 @@ def _folder(data_dir: Path, progress: Progress, notify: Callable[[str], None]) -
             "every class needs training pictures"
         )
     if len(classes) < 2:
-        raise ValueError(f"data_dir: {data_dir / 'train'} has the one class {classes[0]!r}, expected at least two")
+        raise ValueError(f"data_dir: {data_dir / 'train'} has one class, {', '.join(classes)}; expected at least two")
 
     cache = data_dir / f".hyperfunc-{SIZE}.safetensors"
     fingerprint = _fingerprint(chain.from_iterable(chain.from_iterable(p.values()) for p in listing.values()))

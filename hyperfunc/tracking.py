@@ -134,10 +134,11 @@ def start_wandb(
     except Exception as error:
         warn(f"wandb: not tracking, training goes on: {_first_line(error)}")
         return None
-    if run.url:
+    if run.offline:
+        why = "no key was found" if mode else "as WANDB_MODE says"
+        say(f"wandb        offline, {why}; to send the run later: wandb sync {os.path.dirname(run.dir)}")
+    elif run.url:
         say(f"wandb        {run.url}")
-    elif not run.disabled:
-        say(f"wandb        offline, no key was found; to send it later: wandb sync {os.path.dirname(run.dir)}")
     return WandbRun(run, warn)
 
 

@@ -7,6 +7,9 @@ from jaxtyping import install_import_hook
 # Checks the shapes in every signature while the tests run. It must come before the package is imported.
 install_import_hook("hyperfunc", "beartype.beartype")
 
+# As the processes that the tests start: results may differ in the last bit between numbers of threads.
+torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what needs a GPU, with the reason, where there is none."""

@@ -17,6 +17,9 @@ from hyperfunc import data
 
 ROOT = Path(__file__).resolve().parent.parent
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""For processes of the tests: on small networks more threads only wait for each other, above all on a busy machine."""
+
 
 def unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function without the tests' own type checker, which would refuse an unknown name before the function can."""
@@ -58,7 +61,7 @@ def run_train(
     return subprocess.run(
         train_command(*flags),
         cwd=cwd,
-        env={**os.environ, **(env or {})},
+        env={**os.environ, **ONE_THREAD, **(env or {})},
         capture_output=True,
         text=True,
         timeout=240,
@@ -68,9 +71,14 @@ def run_train(
 
 
 def interrupt_train(*flags: str, cwd: Path, after: str, number: int = signal.SIGINT) -> tuple[int, str, float]:
-    """Starts train.py, sends a signal once a line starts with `after`; returns exit code, output, seconds to the end."""
+    """Starts train.py, sends a signal once a line starts with `after`; returns exit code, output, seconds till then."""
     process = subprocess.Popen(
-        train_command(*flags), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        train_command(*flags),
+        cwd=cwd,
+        env={**os.environ, **ONE_THREAD},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert process.stdout is not None
     output = ""

@@ -3,9 +3,9 @@ import math
 import oracle
 import pytest
 import torch
+from helpers import unchecked
 from torch import Generator
 
-from helpers import unchecked
 from hyperfunc import hypernet, tree
 from hyperfunc.hypernet import generate_kernel, generate_kernels, init_embeddings, init_generator
 
@@ -65,8 +65,6 @@ def test_bad_input(generator: Generator, arguments: dict[str, object], message: 
     with pytest.raises(ValueError, match=message):
         # The checker of argument types would refuse the name of an unknown initialisation before the function can.
         unchecked(init_generator)(generator, **{"window": (3, 3), **arguments})
-
-
 
 
 def test_module_exports() -> None:

@@ -1,4 +1,6 @@
 import math
+from collections.abc import Callable
+from typing import Any
 
 import oracle
 import pytest
@@ -42,7 +44,7 @@ def batch(generator: Generator, count: int = 4) -> tuple[Tensor, Tensor]:
     ],
 )
 def test_parameter_counts(
-    generator: Generator, depth: int, width: int, options: dict[str, str], hyper: int, plain: int
+    generator: Generator, depth: int, width: int, options: dict[str, Any], hyper: int, plain: int
 ) -> None:
     assert hf.num_params(hf.hyper_resnet(depth, width, **options).init(generator)[0]) == hyper
     assert hf.num_params(hf.resnet(depth, width, **options).init(generator)[0]) == plain
@@ -111,9 +113,7 @@ def test_apply_writes_none_of_its_arguments(generator: Generator, train: bool) -
     images = torch.randn(4, 3, 32, 32, generator=generator)
     before = tree.clone((params, batch_stats, {"images": images}))
     model.apply(params, batch_stats, images, train=train)
-    assert_trees_equal(
-        tree.named_leaves(before), tree.named_leaves((params, batch_stats, {"images": images}))
-    )
+    assert_trees_equal(tree.named_leaves(before), tree.named_leaves((params, batch_stats, {"images": images})))
 
 
 def test_statistics_move_in_training_and_stay_in_evaluation(generator: Generator) -> None:
@@ -162,7 +162,9 @@ def test_wrong_names_are_errors(generator: Generator, damage: str) -> None:
 
 
 @pytest.mark.parametrize("make", [hf.hyper_resnet, hf.resnet])
-def test_materialize_is_the_same_network_without_the_hypernetwork(generator: Generator, make) -> None:  # noqa: ANN001
+def test_materialize_is_the_same_network_without_the_hypernetwork(
+    generator: Generator, make: Callable[[int], Model]
+) -> None:
     model = make(10)
     params, batch_stats = in_float64(model, generator)
     images, _ = batch(generator)
@@ -226,7 +228,7 @@ def test_hyperize_keeps_tied_weights_tied(generator: Generator) -> None:
     expected = hidden @ weight.T + params.primary["second.bias"]
     torch.testing.assert_close(model.apply(params, batch_stats, x, train=True)[0], expected)
     network = hf.materialize(model, params, batch_stats)
-    assert network.first.weight is network.second.weight
+    assert network.get_parameter("first.weight") is network.get_parameter("second.weight")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from helpers import unchecked
 from torch import Generator, nn
 
 import hyperfunc as hf
-from hyperfunc.residual import ResNet, check_depth, init_weights
+from hyperfunc.residual import PadShortcut, ResNet, check_depth, init_weights
 
 
 @pytest.mark.parametrize(("depth", "blocks"), [(10, 1), (16, 2), (40, 6), (100, 16)])
@@ -32,9 +32,8 @@ def test_stages_halve_and_widen(shortcut: str, block: str) -> None:
 
 
 def test_padded_shortcut_adds_zeros_alone() -> None:
-    block = ResNet(10, 1).blocks[1]
     x = torch.randn(2, 16, 8, 8)
-    y = block.shortcut(x)
+    y = PadShortcut(extra_channels=16, stride=2)(x)
     assert torch.equal(y[:, :16], x[:, :, ::2, ::2])
     assert (y[:, 16:] == 0).all()
 

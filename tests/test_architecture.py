@@ -1,0 +1,52 @@
+"""The direction of imports: a module imports only what stands above it here."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "hyperfunc"
+
+ALLOWED: dict[str, set[str]] = {
+    "tree": set(),
+    "hypernet": set(),
+    "tiling": set(),
+    "residual": set(),
+    "files": set(),
+    "interrupt": set(),
+    "tracking": set(),
+    "data": {"files"},
+    "optim": {"tree"},
+    "checkpoint": {"tree", "files"},
+    "model": {"tree", "hypernet", "tiling", "residual"},
+    "training": {"tree", "model", "optim"},
+}
+TOP = {"__init__", "check_gpu"}
+"""These may import everything, and nothing imports them."""
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of the package that a file imports."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "hyperfunc":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hyperfunc."):
+            found.add((node.module or "").split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[-1] for alias in node.names if alias.name.startswith("hyperfunc")}
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == ALLOWED.keys() | TOP
+
+
+@pytest.mark.parametrize("name", sorted(ALLOWED))
+def test_imports_point_one_way(name: str) -> None:
+    assert imported(PACKAGE / f"{name}.py") <= ALLOWED[name]
+
+
+def test_the_pytree_module_of_torch_has_one_importer() -> None:
+    users = [path.stem for path in PACKAGE.glob("*.py") if "_pytree" in path.read_text()]
+    assert users == ["tree"]

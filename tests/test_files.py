@@ -1,0 +1,122 @@
+import os
+import pickle
+import random
+import resource
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from hyperfunc.files import read_tensors, write_tensors
+
+TENSORS = {
+    "a": torch.arange(12, dtype=torch.float32).view(3, 4),
+    "scalar": torch.tensor(5),
+    "flags": torch.tensor([True, False]),
+    "b": torch.arange(12).view(3, 4).t(),
+}
+METADATA = {"list": [1, 2.5, None], "text": 'héllo "sha256"', "nan": float("inf")}
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "file.pth"
+    write_tensors(path, TENSORS, METADATA)
+    tensors, metadata = read_tensors(path)
+    assert metadata == METADATA
+    assert tensors.keys() == TENSORS.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, TENSORS[name])
+        assert tensor.dtype == TENSORS[name].dtype
+    assert [p.name for p in tmp_path.iterdir()] == ["file.pth"]
+
+
+def test_views_of_one_vector_are_written_whole(tmp_path: Path) -> None:
+    vector = torch.arange(6.0)
+    first, second = vector.split([2, 4])
+    write_tensors(tmp_path / "f", {"first": first, "second": second, "all": vector}, {})
+    tensors, _ = read_tensors(tmp_path / "f")
+    assert torch.equal(tensors["second"], second)
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "ours", {}, {})
+    (tmp_path / "theirs").write_text("")
+    assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE((tmp_path / "theirs").stat().st_mode)
+
+
+def flip_bit(content: bytes, rng: random.Random) -> bytes:
+    position = rng.randrange(len(content))
+    return content[:position] + bytes([content[position] ^ 1 << rng.randrange(8)]) + content[position + 1 :]
+
+
+def truncate(content: bytes, rng: random.Random) -> bytes:
+    return content[: rng.randrange(len(content))]
+
+
+def insert(content: bytes, rng: random.Random) -> bytes:
+    position = rng.randrange(len(content) + 1)
+    return content[:position] + rng.randbytes(rng.randint(1, 9)) + content[position:]
+
+
+def delete(content: bytes, rng: random.Random) -> bytes:
+    position = rng.randrange(len(content))
+    return content[:position] + content[position + rng.randint(1, 9) :]
+
+
+def swap(content: bytes, rng: random.Random) -> bytes:
+    first, second = sorted(rng.sample(range(len(content) - 8), 2))
+    parts = content[first : first + 4], content[second : second + 4]
+    if second - first < 4 or parts[0] == parts[1]:
+        return flip_bit(content, rng)
+    return content[:first] + parts[1] + content[first + 4 : second] + parts[0] + content[second + 4 :]
+
+
+@pytest.mark.parametrize("damage", [flip_bit, truncate, insert, delete, swap])
+def test_any_damage_is_noticed(tmp_path: Path, damage: Callable[[bytes, random.Random], bytes]) -> None:
+    path = tmp_path / "file"
+    write_tensors(path, TENSORS, METADATA)
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    for _ in range(200):
+        damaged = damage(whole, rng)
+        assert damaged != whole
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"file is (damaged|a pickle)"):
+            read_tensors(path)
+
+
+def test_a_pickle_is_named_and_not_opened(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (os.mkdir, (str(tmp_path / "sprung"),))
+
+    path = tmp_path / "old.pth"
+    for write in (lambda: torch.save({"x": Trap()}, path), lambda: path.write_bytes(pickle.dumps(Trap()))):
+        write()
+        with pytest.raises(ValueError, match="is a pickle, as torch.save writes it"):
+            read_tensors(path)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_tensors(path, TENSORS, METADATA)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_tensors(path, {"large": torch.zeros(10_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_tensors(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError):
+        write_tensors(tmp_path / "no/folder", TENSORS, METADATA)

@@ -1,0 +1,134 @@
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import assert_trees_equal
+from torch import Generator, Tensor
+
+from hyperfunc import optim, tree
+from hyperfunc.optim import Optimizer, Schedule
+
+STEPS = 100
+
+
+def problem(generator: Generator) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], Tensor]]:
+    """Parameters of several shapes and a loss of them that is no quadratic."""
+    params = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in (("a", (3, 4)), ("b", (5,)), ("c", (2, 3, 2)))
+    }
+    target = torch.randn(29, generator=generator, dtype=torch.float64)
+
+    def loss(p: dict[str, Tensor]) -> Tensor:
+        vector = torch.cat([leaf.reshape(-1) for leaf in p.values()])
+        return ((vector - target) ** 4).sum() + torch.sin(3 * vector).sum()
+
+    return params, loss
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (optim.adam(0.002, weight_decay=0.0005), lambda p: torch.optim.Adam(p, lr=0.002, weight_decay=0.0005)),
+        (optim.adam(0.1), lambda p: torch.optim.Adam(p, lr=0.1)),
+        (
+            optim.adam(0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-3, decoupled=True),
+            lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-3),
+        ),
+        (
+            optim.sgd(0.001, weight_decay=0.0005),
+            lambda p: torch.optim.SGD(p, lr=0.001, momentum=0.9, weight_decay=0.0005, nesterov=True),
+        ),
+    ],
+    ids=["adam-l2", "adam", "adamw", "sgd"],
+)
+def test_equals_torch_over_100_steps(
+    generator: Generator, ours: Optimizer, theirs: Callable[[list[Tensor]], torch.optim.Optimizer]
+) -> None:
+    params, loss = problem(generator)
+    their_params = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
+    their_optimizer = theirs(list(their_params.values()))
+    state = ours.init(params)
+    for step in range(STEPS):
+        grads = torch.func.grad(loss)(params)
+        params, state = ours.update(grads, state, params, torch.tensor(step))
+        their_optimizer.zero_grad()
+        loss(their_params).backward()
+        their_optimizer.step()
+    for name, leaf in params.items():
+        torch.testing.assert_close(leaf, their_params[name].detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", [optim.adam(0.1, weight_decay=0.1), optim.sgd(0.1)], ids=["adam", "sgd"])
+def test_update_writes_none_of_its_arguments(generator: Generator, optimizer: Optimizer) -> None:
+    params, loss = problem(generator)
+    state = optimizer.init(params)
+    step = torch.tensor(3)
+    arguments = (torch.func.grad(loss)(params), state, params, step)
+    before = tree.named_leaves(tree.clone(arguments))
+    optimizer.update(*arguments)
+    assert_trees_equal(before, tree.named_leaves(arguments))
+
+
+def rates(schedule: Schedule, steps: int) -> list[float]:
+    return [schedule(torch.tensor(step)).item() for step in range(steps)]
+
+
+def test_float32_parameters_stay_float32() -> None:
+    optimizer = optim.adam(0.1)
+    params = {"a": torch.ones(3)}
+    params, state = optimizer.update({"a": torch.ones(3)}, optimizer.init(params), params, torch.tensor(0))
+    assert {leaf.dtype for leaf in tree.leaves((params, state))} == {torch.float32}
+
+
+def test_multistep_halves_at_30_60_80_percent() -> None:
+    found = rates(optim.multistep(0.002, 200, 3), 600)
+    steps = [0] + [step for step in range(1, 600) if found[step] != found[step - 1]]
+    assert steps == [0, 60 * 3, 120 * 3, 160 * 3]
+    assert [found[step] for step in steps] == [0.002, 0.001, 0.0005, 0.00025]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_multistep_of_a_short_run_begins_with_the_given_rate(epochs: int) -> None:
+    assert rates(optim.multistep(0.002, epochs, 2), 2) == [0.002, 0.002]
+
+
+def test_paper_tables_scale_to_the_run() -> None:
+    found = rates(optim.paper(0.002, 8), 8)
+    assert found == pytest.approx([0.002] * 2 + [0.001] * 2 + [0.0002] * 2 + [0.00005] * 2)
+    found = rates(optim.paper(0.1, 5, adaptive=False), 5)
+    assert found == pytest.approx([0.1, 0.02, 0.004, 0.0008, 0.00016])
+
+
+def test_cosine_with_warmup() -> None:
+    found = rates(optim.cosine(1.0, 100, warmup=10), 100)
+    assert found[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert found[10] == 1.0
+    assert found[55] == pytest.approx(0.5)
+    assert found[99] == pytest.approx(0.5 + 0.5 * math.cos(math.pi * 89 / 90))
+    assert all(later < earlier for earlier, later in itertools.pairwise(found[10:]))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: optim.adam(-0.1), "learning_rate: got -0.1, expected a finite number of at least 0"),
+        (lambda: optim.adam(math.nan), "learning_rate: got nan"),
+        (lambda: optim.adam(0.1, weight_decay=-1.0), "weight_decay: got -1.0"),
+        (lambda: optim.adam(0.1, betas=(0.9, 1.0)), "betas: got 1.0, expected at least 0 and less than 1"),
+        (lambda: optim.adam(0.1, eps=-1e-8), "eps: got -1e-08"),
+        (lambda: optim.sgd(0.1, momentum=1.0), "momentum: got 1.0"),
+        (lambda: optim.sgd(math.inf), "learning_rate: got inf"),
+        (lambda: optim.piecewise([0.1], [5]), "values: got 1 for 1 boundaries, expected one more value"),
+        (lambda: optim.piecewise([0.1, 0.2, 0.3], [5, 4]), r"boundaries: got \[5, 4\], expected steps in growing"),
+        (lambda: optim.cosine(0.1, 10, warmup=10), "warmup: got 10, expected at least 0 and less than the 10 steps"),
+        (lambda: optim.cosine(0.1, 0), "steps: got 0"),
+        (lambda: optim.multistep(0.1, 0, 5), "steps: got 0"),
+        (lambda: optim.paper(0.1, -1), "steps: got -1"),
+    ],
+)
+def test_bad_input(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,339 @@
+"""train.py as a user runs it: most tests start it as a process and read what it prints and writes."""
+
+import re
+import resource
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_trees_equal, interrupt_train, make_folder, run_train
+
+import hyperfunc as hf
+import train
+from hyperfunc import checkpoint, data, optim, training, tree
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures enough for 11 batches of 8 and a rest of 2, an epoch."""
+    return make_folder(tmp_path_factory.mktemp("pictures"), train=45, test=10)
+
+
+def small(folder: Path, *flags: str) -> list[str]:
+    return ["--dataset", "folder", "--data-dir", str(folder), "--batch-size", "8", "--report-every", "5", *flags]
+
+
+def state_of(path: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(path).tensors
+
+
+# The command line
+
+
+def test_the_originals_flags_keep_their_names_and_defaults() -> None:
+    config = train.parse_args([])
+    assert (config.batch_size, config.epochs, config.lr, config.weight_decay) == (128, 200, 0.002, 0.0005)
+    assert config.checkpoint_path == "./hypernetworks_cifar_gpu.pth"
+    assert (config.resume, config.no_wandb, config.wandb_project) == (False, False, "hypernetworks-gpu")
+    assert (config.dataset, config.data_dir, config.optimizer) == ("cifar10", "./data", "adam")
+    assert (config.model, config.depth, config.width, config.init) == ("hyper", 40, 1, "he")
+
+
+def test_dashes_and_underscores_are_alike() -> None:
+    with_underscores = ["--batch_size", "8", "--weight_decay=0.1", "--no_wandb", "--wandb_name", "a_b"]
+    with_dashes = ["--batch-size", "8", "--weight-decay=0.1", "--no-wandb", "--wandb-name", "a_b"]
+    assert train.parse_args(with_underscores) == train.parse_args(with_dashes)
+    assert train.parse_args(with_dashes).wandb_name == "a_b"
+
+
+def test_help_groups_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        train.parse_args(["--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    for group in ("run", "network", "data", "optimization", "checkpoint", "tracking"):
+        assert f"\n{group}:\n" in text
+    assert "30, 60 and 80 % of" in re.sub(r"\s+", " ", text)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--depth", "41"], "depth: got 41, expected 6n + 4, for example 40 or 46"),
+        (["--depth", "4"], "depth: got 4, expected 6n + 4, for example 10 or 16"),
+        (["--depth", "x"], "argument --depth: invalid int value: 'x'"),
+        (["--batch-size", "0"], "--batch-size: got 0, expected at least 1"),
+        (["--batch-size", "-5"], "--batch-size: got -5, expected at least 1"),
+        (["--epochs", "0"], "--epochs: got 0, expected at least 1"),
+        (["--epochs", "1" + "0" * 30], "expected at least 1 and at most 1e+06"),
+        (["--lr", "-0.1"], "--lr: got -0.1, expected at least 1e-12"),
+        (["--lr", "0"], "--lr: got 0.0"),
+        (["--lr", "nan"], "--lr: got nan"),
+        (["--lr", "inf"], "--lr: got inf"),
+        (["--weight-decay", "-1"], "--weight-decay: got -1.0, expected at least 0"),
+        (["--width", "0"], "--width: got 0"),
+        (["--width", "1000000"], "--width: got 1000000, expected at least 1 and at most 64"),
+        (["--z-dim", "0"], "--z-dim: got 0"),
+        (["--seed", "-1"], "--seed: got -1"),
+        (["--val-size", "-1"], "--val-size: got -1"),
+        (["--seed", "9" * 30], "--seed: got 9"),
+        (["--dataset", "mnist"], "argument --dataset: invalid choice: 'mnist'"),
+        (["--optimizer", "lion"], "argument --optimizer: invalid choice: 'lion'"),
+        (["--epoch", "3"], "unknown argument --epoch; did you mean --epochs?"),
+        (["--lr"], "argument --lr: expected one argument"),
+        (["stray"], "unknown argument stray; see --help"),
+        (["--checkpoint-path", "/"], "--checkpoint-path: got '/', expected the path of a file"),
+        (["--checkpoint-path", "nothing.pth", "--resume"], "--resume: there is no checkpoint at nothing.pth"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_info:
+        train.parse_args(flags)
+    assert exit_info.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("train.py: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# A whole run
+
+
+def test_a_run_prints_and_saves_what_it_should(folder: Path, tmp_path: Path) -> None:
+    done = run_train(*small(folder, "--epochs", "2", "--checkpoint_path", "run.pth"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
+    assert "device       cpu" in out
+    assert "79,250 parameters (32 embeddings), compression 0.95 against the 75,010 of the ordinary network" in out
+    assert "best model   chosen by accuracy on the test set itself" in out
+    reports = re.findall(r"^epoch (\d)/2  batch (\d+)/12  loss [\d.]+  accuracy [\d.]+ %$", out, re.MULTILINE)
+    # The last, partial batch of an epoch is trained on and reported.
+    assert reports == [(str(e), str(b)) for e in (1, 2) for b in (5, 10, 12)]
+    epochs = re.findall(
+        r"^epoch (\d)/2  train [\d.]+ %  test ([\d.]+) %  test loss [\d.]+  lr ([\d.]+)  [\d.]+ s  [\d,]+ images/s  "
+        r"best ([\d.]+) % \(epoch \d\)  saved run.pth( with a new best)?$",
+        out,
+        re.MULTILINE,
+    )
+    assert [epoch for epoch, *_ in epochs] == ["1", "2"]
+    assert float(epochs[-1][3]) == max(float(test) for _, test, *_ in epochs)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.pth"]
+
+    loaded = checkpoint.load(tmp_path / "run.pth")
+    assert loaded.notes["classes"] == ["cat", "dog"]
+    assert loaded.tensors["state/step"] == 24
+    assert [row["epoch"] for row in loaded.notes["progress"]["history"]] == [1, 2]
+
+
+def test_the_best_model_in_the_checkpoint_has_the_accuracy_that_was_printed(folder: Path, tmp_path: Path) -> None:
+    flags = small(folder, "--epochs", "2", "--val-size", "20", "--checkpoint-path", "run.pth", "--lr", "0.01")
+    done = run_train(*flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "20 held out" in done.stdout
+    assert "best model   chosen by accuracy on the held-out pictures" in done.stdout
+    loaded = checkpoint.load(tmp_path / "run.pth")
+    progress = loaded.notes["progress"]
+    row = progress["history"][progress["best_epoch"] - 1]
+    assert row["val/accuracy"] == progress["best_accuracy"] == max(r["val/accuracy"] for r in progress["history"])
+
+    model = hf.hyper_resnet(10, num_classes=2)
+    params, batch_stats = checkpoint.restore(loaded, "best", model.init(torch.Generator()))
+    dataset = data.load_dataset("folder", folder, val_size=20)
+    load = data.make_eval_load(data.measure(dataset.train))
+    metrics = training.evaluate(model, params, batch_stats, [dataset.test], load=load)
+    assert train.loss_and_accuracy(metrics)[1] == pytest.approx(row["test/accuracy"])
+
+
+def test_training_is_what_the_library_does_step_by_step(folder: Path, tmp_path: Path) -> None:
+    done = run_train(*small(folder, "--epochs", "1", "--checkpoint-path", "run.pth", "--seed", "7"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    dataset = data.load_dataset("folder", folder)
+    model = hf.hyper_resnet(10, num_classes=2)
+    optimizer = optim.adam(0.002, weight_decay=0.0005)
+    state = training.init_state(model, optimizer, data.seeded_generator("init", 7))
+    load = data.make_train_load(dataset.train, data.measure(dataset.train))
+    step = training.make_train_step(model, optimizer, load=load)
+    for batch in data.batches(data.draw_epoch(7, 0, 90), 8):
+        state, _ = step(state, batch)
+    saved = {path: leaf for path, leaf in state_of(tmp_path / "run.pth").items() if path.startswith("state/")}
+    assert_trees_equal(saved, {f"state/{path}": leaf for path, leaf in tree.named_leaves(state).items()})
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(folder: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        done = run_train(*small(folder, "--epochs", "1", "--seed", seed, "--checkpoint-path", name), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    a, b, c = (state_of(tmp_path / name) for name in "abc")
+    assert_trees_equal(a, b)
+    assert not torch.equal(a["state/opt_state/m"], c["state/opt_state/m"])
+
+
+def test_every_kind_of_run_starts(folder: Path, tmp_path: Path) -> None:
+    variants = [
+        ["--model", "plain", "--optimizer", "sgd", "--lr", "0.1", "--schedule", "paper", "--decay", "generated"],
+        ["--init", "clipped-normal", "--optimizer", "adamw", "--schedule", "cosine", "--width", "2", "--block", "pre"],
+        ["--schedule", "constant", "--shortcut", "conv", "--z-dim", "16", "--hidden-dim", "8", "--train-size", "50"],
+    ]
+    for variant in variants:
+        done = run_train(*small(folder, "--epochs", "1", "--checkpoint-path", "run.pth", *variant), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    # Each run begins anew and keeps what the one before it saved.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.pth", "run.pth.1", "run.pth.2"]
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(folder: Path, tmp_path: Path, number: int) -> None:
+    flags = small(folder, "--epochs", "3")
+    whole = run_train(*flags, "--checkpoint-path", "whole.pth", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+
+    flags += ["--checkpoint-path", "parts.pth"]
+    code, output, seconds = interrupt_train(*flags, cwd=tmp_path, after="epoch 2/3  batch 5/", number=number)
+    assert code == 128 + number
+    assert seconds < 5
+    assert "Traceback" not in output
+    name = signal.Signals(number).name
+    stopped = re.search(rf"stopped by {name} at epoch (\d), batch (\d+); saved parts.pth, go on with --resume", output)
+    assert stopped, output
+    resumed = run_train(*flags, "-r", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resumed      from parts.pth at epoch {stopped[1]}, batch {stopped[2]}" in resumed.stdout
+
+    assert_trees_equal(state_of(tmp_path / "whole.pth"), state_of(tmp_path / "parts.pth"))
+    histories = [checkpoint.load(tmp_path / name).notes["progress"]["history"] for name in ("whole.pth", "parts.pth")]
+    timing = {"epoch_time", "images_per_second"}
+    ours, theirs = ([{k: v for k, v in row.items() if k not in timing} for row in h] for h in histories)
+    assert ours == theirs
+
+
+def test_ctrl_c_before_training_says_that_nothing_was_saved(tmp_path: Path) -> None:
+    many = make_folder(tmp_path / "many", train=600, test=5, size=64)
+    code, output, seconds = interrupt_train(
+        *small(many, "--checkpoint-path", "run.pth"), cwd=tmp_path, after="reading "
+    )
+    assert code == 128 + signal.SIGINT
+    assert seconds < 5
+    assert "stopped by SIGINT before training began; nothing was saved yet" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run.pth").exists()
+
+
+def test_a_complete_run_has_nothing_to_resume_but_may_be_prolonged(folder: Path, tmp_path: Path) -> None:
+    flags = small(folder, "--checkpoint-path", "run.pth", "--schedule", "constant")
+    assert run_train(*flags, "--epochs", "1", cwd=tmp_path).returncode == 0
+    before = (tmp_path / "run.pth").read_bytes()
+    again = run_train(*flags, "--epochs", "1", "--resume", cwd=tmp_path)
+    assert again.returncode == 0
+    assert "nothing to do: the run is complete after 1 epochs" in again.stdout
+    assert (tmp_path / "run.pth").read_bytes() == before
+    assert run_train(*flags, "--epochs", "2", "--resume", cwd=tmp_path).returncode == 0
+    whole = run_train(*flags, "--epochs", "2", "--checkpoint-path", "whole.pth", cwd=tmp_path)
+    assert whole.returncode == 0
+    assert_trees_equal(state_of(tmp_path / "run.pth"), state_of(tmp_path / "whole.pth"))
+
+
+# Bad input
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], message: str, code: int = 2) -> None:
+    """One line on standard error that says what is wrong, and nothing like a traceback."""
+    assert done.returncode == code, done.stdout + done.stderr
+    assert message in done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("reading ")]
+    assert len(lines) == 1, lines
+
+
+def test_a_checkpoint_of_another_run_is_refused(folder: Path, tmp_path: Path) -> None:
+    flags = small(folder, "--epochs", "1", "--checkpoint-path", "run.pth")
+    assert run_train(*flags, cwd=tmp_path).returncode == 0
+    before = (tmp_path / "run.pth").read_bytes()
+    assert_refused(
+        run_train(*flags, "--resume", "--depth", "16", "--lr", "0.1", cwd=tmp_path),
+        "--resume: run.pth holds another run: --depth is 16, was 10; --lr is 0.1, was 0.002",
+    )
+    other = make_folder(tmp_path / "other", classes=("cat", "horse"))
+    assert_refused(
+        run_train(*flags, "--resume", "--data-dir", str(other), cwd=tmp_path),
+        "the checkpoint was trained on the classes cat, dog ..., the data now has cat, horse ...",
+    )
+    assert (tmp_path / "run.pth").read_bytes() == before
+    (tmp_path / "run.pth").write_bytes(before[:-1])
+    assert_refused(run_train(*flags, "--resume", cwd=tmp_path), "run.pth is damaged")
+    torch.save({"net": {}, "acc": 90.0}, tmp_path / "run.pth")
+    assert_refused(run_train(*flags, "--resume", cwd=tmp_path), "run.pth is a pickle")
+
+
+def test_bad_data_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
+    broken = make_folder(tmp_path / "broken")
+    picture = broken / "train/cat/0003.png"
+    picture.write_bytes(picture.read_bytes()[:60])
+    for flags, message in (
+        (["--data-dir", str(tmp_path / "nowhere")], "there is no folder"),
+        (["--data-dir", str(broken)], "0003.png cannot be read as a picture"),
+        (["--batch-size", "91"], "--batch-size: got 91, expected at most the 90 training pictures"),
+        (["--train-size", "1"], "of the 2 classes 1 have no picture left among the 1 training pictures"),
+        (["--val-size", "90"], "val_size: got 90, expected at least 0 and less than the 90"),
+    ):
+        assert_refused(run_train(*small(folder, *flags, "--checkpoint-path", "run.pth"), cwd=tmp_path), message)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_missing_gpu_is_named(folder: Path, tmp_path: Path) -> None:
+    done = run_train(*small(folder, "--device", "cuda"), cwd=tmp_path)
+    assert_refused(done, "--device: got cuda, but torch sees no CUDA device")
+
+
+def test_no_network_for_the_download(tmp_path: Path) -> None:
+    closed: dict[str, str] = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    done = run_train("--dataset", "cifar10", cwd=tmp_path, env=closed)
+    assert done.returncode == 1
+    downloading, failed = done.stderr.splitlines()
+    assert downloading.startswith("downloading https://www.cs.toronto.edu/")
+    assert failed.startswith("train.py: could not download https://www.cs.toronto.edu/")
+    assert f"put that file at {tmp_path.resolve()}/data/cifar-10-python.tar.gz" in failed
+    assert "--data-dir" in failed
+
+
+def test_an_unwritable_place_is_found_out_before_training(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run_train(*small(folder, "--checkpoint-path", "file/run.pth"), cwd=tmp_path)
+    assert_refused(done, "--checkpoint-path: nothing can be written to file")
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint_and_ends_with_1(folder: Path, tmp_path: Path) -> None:
+    flags = small(folder, "--checkpoint-path", "run.pth", "--schedule", "constant")
+    assert run_train(*flags, "--epochs", "1", cwd=tmp_path).returncode == 0
+    before = (tmp_path / "run.pth").read_bytes()
+
+    def fill_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+
+    done = run_train(*flags, "--epochs", "2", "--resume", cwd=tmp_path, preexec_fn=fill_disk)
+    assert_refused(done, "could not save run.pth: [Errno 27] File too large", code=1)
+    assert "NOT SAVED" in done.stdout
+    assert (tmp_path / "run.pth").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run.pth"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(folder: Path, tmp_path: Path) -> None:
+    flags = small(folder, "--checkpoint-path", "run.pth", "--lr", "1e20", "--optimizer", "sgd")
+    done = run_train(*flags, "--epochs", "1", cwd=tmp_path)
+    assert_refused(done, "the loss is nan at epoch 1, batch ", code=1)
+    assert "is not finite; nothing was saved; begin again with an --lr below 1e+20" in done.stderr
+    assert not (tmp_path / "run.pth").exists()
+
+
+def test_loss_and_accuracy_are_means() -> None:
+    metrics = training.Metrics(torch.tensor(6.0), torch.tensor(1), torch.tensor(4))
+    assert train.loss_and_accuracy(metrics) == (1.5, 25.0)

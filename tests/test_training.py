@@ -1,0 +1,137 @@
+import oracle
+import pytest
+import torch
+from helpers import assert_trees_equal, unchecked
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+import hyperfunc as hf
+from hyperfunc import optim, training, tree
+from hyperfunc.model import Model
+
+WEIGHT_DECAY = 0.01
+
+
+def a_batch(generator: Generator, count: int = 8) -> tuple[Tensor, Tensor]:
+    images = torch.randn(count, 3, 16, 16, generator=generator, dtype=torch.float64)
+    return images, torch.arange(count) % 10
+
+
+def a_state(model: Model, optimizer: optim.Optimizer) -> training.TrainState:
+    state = training.init_state(model, optimizer, torch.Generator().manual_seed(1))
+    params = tree.to(state.params, torch.float64)
+    return training.TrainState(
+        state.step, params, tree.to(state.batch_stats, torch.float64), tree.to(state.opt_state, torch.float64)
+    )
+
+
+def test_a_step_leaves_its_inputs_unchanged(generator: Generator) -> None:
+    model = hf.hyper_resnet(10)
+    optimizer = optim.adam(0.002, weight_decay=0.0005)
+    state, batch = a_state(model, optimizer), a_batch(generator)
+    before = tree.named_leaves(tree.clone((state, batch)))
+    training.make_train_step(model, optimizer)(state, batch)
+    assert_trees_equal(before, tree.named_leaves((state, batch)))
+
+
+def test_steps_equal_ordinary_training_of_an_ordinary_module(generator: Generator) -> None:
+    model = hf.resnet(10)
+    optimizer = optim.adam(0.002, weight_decay=0.0005)
+    state = a_state(model, optimizer)
+    step = training.make_train_step(model, optimizer)
+    network = hf.materialize(model, state.params, state.batch_stats)
+    theirs = torch.optim.Adam(network.parameters(), lr=0.002, weight_decay=0.0005)
+    for _ in range(3):
+        images, labels = a_batch(generator)
+        state, metrics = step(state, (images, labels))
+        logits = network(images)
+        loss = F.cross_entropy(logits, labels)
+        theirs.zero_grad()
+        loss.backward()
+        theirs.step()
+        torch.testing.assert_close(metrics.loss / metrics.total, loss.detach(), rtol=1e-9, atol=1e-9)
+        assert metrics.correct == (logits.argmax(1) == labels).sum()
+        assert metrics.total == len(labels)
+    assert state.step == 3
+    for name, value in network.state_dict().items():
+        ours = state.params.primary.get(name, state.batch_stats.get(name))
+        # Adam divides by the root of tiny second moments, so that rounding is magnified; still far below a step.
+        torch.testing.assert_close(ours, value, rtol=1e-6, atol=1e-7)
+
+
+def test_the_plain_network_decays_alike_both_ways(generator: Generator) -> None:
+    model = hf.resnet(10)
+    batch = a_batch(generator)
+    by_optimizer = optim.sgd(0.1, weight_decay=WEIGHT_DECAY)
+    by_loss = optim.sgd(0.1)
+    ours, _ = training.make_train_step(model, by_optimizer)(a_state(model, by_optimizer), batch)
+    step = training.make_train_step(model, by_loss, decay="generated", weight_decay=WEIGHT_DECAY)
+    theirs, _ = step(a_state(model, by_loss), batch)
+    for path, leaf in tree.named_leaves(ours.params).items():
+        torch.testing.assert_close(leaf, tree.named_leaves(theirs.params)[path], rtol=oracle.EXACT, atol=oracle.EXACT)
+
+
+def test_decay_of_generated_kernels_is_the_gradient_of_their_squares(generator: Generator) -> None:
+    model = hf.hyper_resnet(10)
+    batch = a_batch(generator)
+    optimizer = optim.sgd(1.0, momentum=0.0)
+    state = a_state(model, optimizer)
+    without, _ = training.make_train_step(model, optimizer)(state, batch)
+    with_decay, metrics = training.make_train_step(model, optimizer, decay="generated", weight_decay=WEIGHT_DECAY)(
+        state, batch
+    )
+    leaves = tree.map(lambda leaf: leaf.clone().requires_grad_(), state.params)
+    weights = leaves.primary | oracle.resnet_kernels(leaves, 10, 1)
+    (0.5 * WEIGHT_DECAY * torch.stack([weight.square().sum() for weight in weights.values()]).sum()).backward()
+    for path, leaf in tree.named_leaves(leaves).items():
+        difference = tree.named_leaves(without.params)[path] - tree.named_leaves(with_decay.params)[path]
+        torch.testing.assert_close(difference, leaf.grad, rtol=oracle.EXACT, atol=oracle.EXACT)
+    # The reported loss is the cross-entropy alone, so that runs with different decays can be compared.
+    logits, _ = model.apply(state.params, state.batch_stats, batch[0], train=True)
+    torch.testing.assert_close(metrics.loss / metrics.total, F.cross_entropy(logits, batch[1]))
+
+
+def test_metrics_of_parts_add_up_to_those_of_the_whole(generator: Generator) -> None:
+    model = hf.hyper_resnet(10)
+    state = a_state(model, optim.adam(0.1))
+    images, labels = a_batch(generator, 10)
+    whole = training.evaluate(model, state.params, state.batch_stats, [(images, labels)])
+    parts = [(images[i : i + 4], labels[i : i + 4]) for i in (0, 4, 8)]
+    in_parts = training.evaluate(model, state.params, state.batch_stats, parts)
+    torch.testing.assert_close(tuple(in_parts), tuple(whole), rtol=oracle.EXACT, atol=oracle.EXACT)
+
+
+def test_evaluation_uses_the_running_statistics_and_leaves_them(generator: Generator) -> None:
+    model = hf.hyper_resnet(10)
+    state = a_state(model, optim.adam(0.1))
+    images, labels = a_batch(generator)
+    before = tree.named_leaves(tree.clone(state))
+    metrics = training.evaluate(model, state.params, state.batch_stats, [(images, labels)])
+    assert_trees_equal(before, tree.named_leaves(state))
+    weights = state.params.primary | oracle.resnet_kernels(state.params, 10, 1)
+    logits = oracle.resnet_logits(weights, images, 10, state.batch_stats)
+    torch.testing.assert_close(metrics.loss, F.cross_entropy(logits, labels, reduction="sum"))
+
+
+def test_training_learns(generator: Generator) -> None:
+    model = hf.hyper_resnet(10)
+    optimizer = optim.adam(0.002)
+    state = training.init_state(model, optimizer, generator)
+    step = training.make_train_step(model, optimizer)
+    images, labels = a_batch(generator, 32)
+    losses = []
+    for _ in range(15):
+        state, metrics = step(state, (images.float(), labels))
+        losses.append(metrics.loss.item() / 32)
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_bad_input(generator: Generator) -> None:
+    model, optimizer = hf.hyper_resnet(10), optim.adam(0.1)
+    with pytest.raises(ValueError, match="decay: got 'all', expected one of parameters, generated"):
+        unchecked(training.make_train_step)(model, optimizer, decay="all")
+    with pytest.raises(ValueError, match=r"weight_decay: got 0.1 with decay='parameters'"):
+        training.make_train_step(model, optimizer, weight_decay=0.1)
+    params, batch_stats = model.init(generator)
+    with pytest.raises(ValueError, match="batches: got none"):
+        training.evaluate(model, params, batch_stats, [])
