@@ -60,5 +60,6 @@ def test_ctrl_c_while_the_program_starts_leaves_no_traceback(seconds: float) -> 
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode in (128 + signal.SIGINT, 0)
+    # The last is Python's own end, which takes the handlers away before it lets go of torch.
+    assert process.returncode in (128 + signal.SIGINT, 0, -signal.SIGINT)
     assert "Traceback" not in errors
