@@ -1,6 +1,19 @@
 """Hypernetworks for PyTorch as pure functions in the style of JAX."""
 
-from hyperfunc import checkpoint, data, files, hypernet, model, optim, residual, tiling, tracking, training, tree
+from hyperfunc import (
+    capture,
+    checkpoint,
+    data,
+    files,
+    hypernet,
+    model,
+    optim,
+    residual,
+    tiling,
+    tracking,
+    training,
+    tree,
+)
 from hyperfunc.hypernet import HyperNetParams, generate_kernel, generate_kernels
 from hyperfunc.model import BatchStats, Model, Params, hyper_resnet, hyperize, materialize, resnet
 from hyperfunc.residual import ResNet
@@ -17,6 +30,7 @@ __all__ = [
     "Params",
     "ResNet",
     "TrainState",
+    "capture",
     "checkpoint",
     "data",
     "files",

@@ -7,6 +7,7 @@ into a compiled or captured step.
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -87,9 +88,9 @@ def adam(
         if decoupled:
             theta = theta * (1 - lr * weight_decay)
         elif weight_decay:
-            g = g + weight_decay * theta
+            g = torch.add(g, theta, alpha=weight_decay)
         m = torch.lerp(opt_state.m, g, 1 - beta1)
-        v = beta2 * opt_state.v + (1 - beta2) * g.square()
+        v = torch.addcmul(beta2 * opt_state.v, g, g, value=1 - beta2)
         step_size = lr / (1 - beta1**t)
         denominator = v.sqrt() / (1 - beta2**t).sqrt() + eps
         return unravel(theta - step_size * (m / denominator)), Moments(m, v)
@@ -121,7 +122,7 @@ def sgd(learning_rate: float | Schedule, *, momentum: float = 0.9, weight_decay:
         g, _ = tree.ravel(grads)
         theta, unravel = tree.ravel(params)
         if weight_decay:
-            g = g + weight_decay * theta
+            g = torch.add(g, theta, alpha=weight_decay)
         m = momentum * opt_state.m + g
         return unravel(theta - schedule(step) * (g + momentum * m)), Momentum(m)
 
@@ -150,8 +151,8 @@ def piecewise(values: Sequence[float], boundaries: Sequence[int]) -> Schedule:
 
     def schedule(step: Tensor) -> Tensor:
         lr = first(step)
-        for value, boundary in zip(values[1:], boundaries, strict=True):
-            lr = torch.where(step >= boundary, value, lr)
+        for (before, after), boundary in zip(pairwise(values), boundaries, strict=True):
+            lr = torch.add(lr, step >= boundary, alpha=after - before)
         return lr
 
     return schedule

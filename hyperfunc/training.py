@@ -1,5 +1,8 @@
 """The training and evaluation steps: pure functions of a `TrainState` and a batch."""
 
+# torch.compile cannot trace the evaluation of an annotation, and functions are defined inside of what it traces.
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args
 

@@ -1,23 +1,28 @@
 """What all tests share: shape checking of every call into the package, determinism, and the `gpu` mark."""
 
+import os
+
 import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# Checks the shapes in every signature while the tests run. It must come before the package is imported.
-install_import_hook("hyperfunc", "beartype.beartype")
+SHAPE_CHECKS = os.environ.get("HYPERFUNC_SHAPE_CHECKS") != "off"
+"""Whether the shapes in every signature are checked; torch.compile cannot trace that, and its tests go without."""
+
+if SHAPE_CHECKS:  # before the package is imported
+    install_import_hook("hyperfunc", "beartype.beartype")
 
 # As the processes that the tests start: results may differ in the last bit between numbers of threads.
 torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs a GPU, with the reason, where there is none."""
-    if torch.cuda.is_available():
-        return
+    """Skips, with the reason, what cannot run here: without a GPU, or with the shape checks on."""
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+        elif item.get_closest_marker("traced") and SHAPE_CHECKS:
+            item.add_marker(pytest.mark.skip(reason="is run by test_tracing in a process without shape checks"))
 
 
 @pytest.fixture

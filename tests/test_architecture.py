@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "tracking": set(),
     "data": {"files"},
     "optim": {"tree"},
+    "capture": {"tree"},
     "checkpoint": {"tree", "files"},
     "model": {"tree", "hypernet", "tiling", "residual"},
     "training": {"tree", "model", "optim"},

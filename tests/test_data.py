@@ -360,8 +360,6 @@ def test_a_failed_download_says_where_to_put_the_file(tmp_path: Path, small_cifa
     assert [name for name in os.listdir(tmp_path / "data") if not name.endswith(".lock")] == []
 
 
-# torchvision leaves the connection of a refused file to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_wrong_download_is_refused(tmp_path: Path, small_cifar: tuple[Path, Tensor]) -> None:
     archive, _ = small_cifar
     archive.write_bytes(archive.read_bytes()[:-50])

@@ -1,0 +1,125 @@
+"""A step made fast: compiled by torch.compile, and captured as a CUDA graph.
+
+Nothing here knows what the step does. It is a pure function `step(state, batch) -> (state, metrics)` of pytrees of
+tensors, and so is what comes back, with one exception that is written out at `capture`: this is the only module in
+which a tensor is overwritten in place.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperfunc import tree
+
+Step = Callable[[Any, Any], tuple[Any, Any]]
+
+WARM_UP_STEPS = 3
+"""Steps on a side stream before the capture: compilation and the choice of algorithms must not be captured."""
+
+
+def compile_step(step: Step, batch: Any) -> Step:
+    """Compiles `step` for batches shaped like `batch`; others, such as the last of an epoch, run as they are.
+
+    One graph without a break: whatever cannot be traced is an error at the first call, not a slow step. Compilation
+    happens at that first call and takes from ten seconds to minutes.
+    """
+    options: dict[str, Any] = {
+        # Without this Inductor gives up channels_last wherever all convolutions have 64 channels or fewer.
+        "force_layout_optimization": True,
+    }
+    if any(leaf.is_cuda for leaf in tree.leaves(batch)):
+        options |= torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
+    compiled = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+    expected = _signature(batch)
+
+    def run(state: Any, batch: Any) -> tuple[Any, Any]:
+        return (compiled if _signature(batch) == expected else step)(state, batch)
+
+    return run
+
+
+def capture(step: Step, state: Any, batch: Any) -> Step:
+    """Captures a step as a CUDA graph; where there is no CUDA tensor, it is the step itself that comes back.
+
+    The graph reads a state and a batch of its own, into which a call copies its arguments, and it writes the new state
+    over its own. So the arguments are never written, with one exception: *the state that a call returns is the graph's
+    own, and the next call overwrites it*. Pass it on, as a training loop does, and nothing is copied; keep it with
+    `tree.clone`. Metrics are copies and may be kept.
+
+    A batch of another length than `batch` is captured as a graph of its own at its first call; both share their memory
+    and the state.
+
+    Args:
+        step: A pure function of a state and a batch, without a synchronisation in it.
+        state: Any state of the shapes that will follow. It is not changed: the warm-up discards what it computes.
+        batch: Any batch of the shapes that will follow.
+
+    Raises:
+        ValueError: A call's state, or its batch but for the length, has other shapes, dtypes or devices than those
+            given here; the message names each leaf.
+    """
+    if not any(leaf.is_cuda for leaf in tree.leaves((state, batch))):
+        return step
+    own_state = tree.clone(state)
+    pool = torch.cuda.graph_pool_handle()
+    graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Any, Any]] = {}
+
+    def add_graph(batch: Any) -> tuple[torch.cuda.CUDAGraph, Any, Any]:
+        own_batch = tree.clone(batch)
+        random_state = torch.cuda.get_rng_state()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_STEPS):
+                step(own_state, own_batch)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.set_rng_state(random_state)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            new_state, metrics = step(own_state, own_batch)
+            _copy(own_state, new_state)
+        return graph, own_batch, metrics
+
+    def captured(new_state: Any, batch: Any) -> tuple[Any, Any]:
+        key = _signature(batch)
+        if key not in graphs:
+            _check_like("batch", batch, example, but_length=True)
+            graphs[key] = add_graph(batch)
+        graph, own_batch, metrics = graphs[key]
+        if new_state is not own_state:
+            _check_like("state", new_state, own_state)
+            _copy(own_state, new_state)
+        _copy(own_batch, batch)
+        graph.replay()
+        return own_state, tree.clone(metrics)
+
+    example = tree.clone(batch)
+    graphs[_signature(batch)] = add_graph(batch)
+    return captured
+
+
+def _signature(value: Any) -> tuple[Any, ...]:
+    return tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in tree.leaves(value))
+
+
+def _copy(into: Any, values: Any) -> None:
+    torch.ops.aten._foreach_copy_(tree.leaves(into), tree.leaves(values))
+
+
+def _check_like(name: str, found: Any, expected: Any, *, but_length: bool = False) -> None:
+    ours, theirs = tree.named_leaves(expected), tree.named_leaves(found)
+    differences = [f"{path} is missing" for path in ours if path not in theirs]
+    differences += [f"{path} is new" for path in theirs if path not in ours]
+    for path in (path for path in ours if path in theirs):
+        was, now = (_describe(tree_leaves[path], but_length) for tree_leaves in (ours, theirs))
+        if was != now:
+            differences.append(f"{path} is {now}, was {was}")
+    if differences:
+        raise ValueError(f"{name}: not what was captured: {'; '.join(differences)}; capture the step anew for it")
+
+
+def _describe(leaf: Tensor, but_length: bool) -> str:
+    shape = ["n", *leaf.shape[1:]] if but_length and leaf.dim() else list(leaf.shape)
+    return f"{str(leaf.dtype).removeprefix('torch.')}[{', '.join(str(extent) for extent in shape)}] on {leaf.device}"

@@ -1,0 +1,118 @@
+from typing import NamedTuple
+
+import pytest
+import torch
+from helpers import assert_trees_equal
+from torch import Tensor
+
+import hyperfunc as hf
+from hyperfunc import capture, data, optim, training, tree
+from hyperfunc.training import Step, TrainState
+
+
+class Problem(NamedTuple):
+    step: Step
+    state: TrainState
+    batches: list[data.Draw]
+
+
+def problem(device: str, dtype: torch.dtype = torch.float64) -> Problem:
+    """The whole step, augmentation and optimizer included, and the batches of an epoch, the last a short one."""
+    pixels = torch.randint(256, (20, 32, 32, 3), dtype=torch.uint8, generator=data.seeded_generator("pixels"))
+    images = data.Images(pixels, torch.arange(20) % 10)
+    normalization = tree.to(data.measure(images), device, dtype)
+    model = hf.hyper_resnet(10)
+    # A bias before a norm has a gradient of zero but for rounding; a small eps would blow that up to a whole step.
+    optimizer = optim.adam(optim.cosine(0.002, 100, warmup=10), weight_decay=5e-4, eps=1e-3)
+    state = training.init_state(model, optimizer, data.seeded_generator("init"))
+    step, rest = state.step, tree.to(state._replace(step=torch.zeros(())), device, dtype)
+    load = data.make_train_load(tree.to(images, device), normalization)
+    draw = tree.to(data.draw_epoch(0, 0, 20), device)
+    return Problem(
+        training.make_train_step(model, optimizer, load=load),
+        rest._replace(step=step.to(device)),
+        list(data.batches(draw, 8)),
+    )
+
+
+def run(step: Step, p: Problem) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    state, metrics = p.state, []
+    for batch in p.batches * 2:
+        state, row = step(state, batch)
+        metrics.append(tree.named_leaves(row))
+    return tree.named_leaves(tree.clone(state)), metrics
+
+
+def assert_same_training(ours: Step, p: Problem) -> None:
+    """Equal to the plain step up to rounding in float64, over full batches and short ones."""
+    (state, metrics), (expected_state, expected_metrics) = run(ours, p), run(p.step, p)
+    for row, expected in zip(metrics, expected_metrics, strict=True):
+        for name, value in row.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-9)
+    for path, leaf in state.items():
+        torch.testing.assert_close(leaf, expected_state[path], rtol=1e-9, atol=1e-9)
+
+
+def test_without_cuda_capture_gives_the_step_itself() -> None:
+    p = problem("cpu")
+    assert capture.capture(p.step, p.state, p.batches[0]) is p.step
+
+
+@pytest.mark.traced
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, of its own parts
+def test_compiled_equals_eager() -> None:
+    p = problem("cpu")
+    compiled = capture.compile_step(p.step, p.batches[0])
+    before = tree.named_leaves(tree.clone((p.state, p.batches[0])))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_same_training(compiled, p)
+    assert_trees_equal(before, tree.named_leaves((p.state, p.batches[0])))
+
+
+@pytest.mark.gpu
+def test_captured_equals_eager() -> None:
+    p = problem("cuda")
+    assert_same_training(capture.capture(p.step, p.state, p.batches[0]), p)
+
+
+@pytest.mark.gpu
+@pytest.mark.traced
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_and_captured_equals_eager() -> None:
+    p = problem("cuda")
+    compiled = capture.compile_step(p.step, p.batches[0])
+    assert_same_training(capture.capture(compiled, p.state, p.batches[0]), p)
+
+
+@pytest.mark.gpu
+def test_capture_writes_no_argument_but_the_state_that_it_returned() -> None:
+    p = problem("cuda")
+    before = tree.named_leaves(tree.clone((p.state, p.batches)))
+    captured = capture.capture(p.step, p.state, p.batches[0])
+    state, metrics = captured(p.state, p.batches[0])
+    kept = tree.clone(metrics)
+    again, _ = captured(state, p.batches[1])
+    assert again is state
+    assert_trees_equal(before, tree.named_leaves((p.state, p.batches)))
+    assert_trees_equal(tree.named_leaves(kept), tree.named_leaves(metrics))
+
+
+@pytest.mark.gpu
+def test_capture_names_what_changed() -> None:
+    p = problem("cuda")
+    captured = capture.capture(p.step, p.state, p.batches[0])
+    with pytest.raises(ValueError, match=r"state: not what was captured: step is int32\[\] on cuda:0, was int64"):
+        captured(p.state._replace(step=p.state.step.int()), p.batches[0])
+    with pytest.raises(ValueError, match=r"batch: not what was captured: top is float32\[n\] on cuda:0, was int64"):
+        captured(p.state, p.batches[0]._replace(top=p.batches[0].top.float()))
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_device() -> None:
+    p = problem("cuda")
+    p.step(p.state, p.batches[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        p.step(p.state, p.batches[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,19 @@
+import os
+import subprocess
+import sys
+
+from helpers import ROOT
+
+
+def test_what_is_traced_passes_without_shape_checks() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "traced", "tests/test_capture.py"],
+        cwd=ROOT,
+        env={**os.environ, "HYPERFUNC_SHAPE_CHECKS": "off"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
