@@ -30,7 +30,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 import torch
 
 import hyperfunc as hf
-from hyperfunc import checkpoint, data, optim, training, tree
+from hyperfunc import capture, checkpoint, data, optim, training, tree
 from hyperfunc.hypernet import Init
 from hyperfunc.interrupt import Interrupted, Interrupts
 from hyperfunc.residual import Block, Shortcut, check_depth
@@ -39,6 +39,9 @@ from hyperfunc.training import Decay, Metrics, TrainState
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+
+COMPILE_FROM_STEPS = 5000
+"""Length of a run from which compiling on the CPU, which takes about a minute, is sure to pay."""
 
 
 def option(
@@ -63,6 +66,11 @@ class Config:
     eval_batch_size: int = option(1000, "run", "pictures at once in evaluation", at_least=1)
     seed: int = option(0, "run", "of the initial parameters, the order and the augmentation", at_least=0, shapes=True)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "run", "auto takes a GPU where there is one")
+    engine: Literal["auto", "eager", "compiled", "graph", "compiled-graph"] = option(
+        "auto",
+        "run",
+        "how a step runs; auto is compiled-graph on a GPU; on the CPU it is compiled for runs long enough to earn that",
+    )
     report_every: int = option(50, "run", "batches from one line of loss and accuracy to the next", at_least=1)
 
     model: Literal["hyper", "plain"] = option(
@@ -268,6 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def set_up(config: Config, printer: Printer) -> Run:
     """Reads the data, builds the network and either draws its parameters or reads them from the checkpoint."""
     device = choose_device(config.device)
+    if "graph" in config.engine and device.type != "cuda":
+        raise ValueError(f"--engine: got {config.engine}, which needs a GPU; on the CPU there is eager and compiled")
     printer.say(f"device       {describe_device(device)}, torch {torch.__version__}")
     # Read before the data, which may take minutes: what is wrong with it should be known at once.
     previous = read_checkpoint(config) if config.resume else None
@@ -331,7 +341,40 @@ def set_up(config: Config, printer: Printer) -> Run:
         printer.say(
             f"resumed      from {config.checkpoint_path} at epoch {run.progress.epoch + 1}, batch {run.progress.batch}"
         )
+    run.step = start_engine(run, printer)
     return run
+
+
+def start_engine(run: Run, printer: Printer) -> training.Step:
+    """The step as `--engine` wants it, compiled and captured here and not in the middle of the first epoch."""
+    config = run.config
+    count = len(run.dataset.train.labels)
+    engine = config.engine
+    if engine == "auto" and run.device.type == "cuda":
+        engine = "compiled-graph"
+    elif engine == "auto":
+        steps = config.epochs * math.ceil(count / config.batch_size)
+        engine = "compiled" if steps >= COMPILE_FROM_STEPS else "eager"
+    draw = data.draw_epoch(config.seed, 0, count, flip=run.dataset.flip)
+    batch = tree.to(next(data.batches(draw, config.batch_size)), run.device)
+    step = run.step
+    if engine.startswith("compiled"):
+        started = time.perf_counter()
+        step = capture.compile_step(step, batch)
+        try:
+            # The step is pure: what this computes is thrown away, and the state is as it was.
+            step(run.state, batch)
+        except RuntimeError as error:
+            if config.engine != "auto":
+                raise OSError(f"--engine {engine}: torch cannot compile here: {_one_line(error)[:200]}") from None
+            printer.warn(f"torch cannot compile here, going on without: {_one_line(error)[:200]}")
+            engine, step = "eager", run.step
+        else:
+            engine = f"{engine}, compiled in {time.perf_counter() - started:.1f} s"
+    if "graph" in engine:
+        step = capture.capture(step, run.state, batch)
+    printer.say(f"engine       {engine}")
+    return step
 
 
 def train(run: Run, interrupts: Interrupts, printer: Printer, wandb_run: WandbRun | None) -> int:
