@@ -1,0 +1,120 @@
+"""The networks and steps that the benchmarks race against each other."""
+
+from collections.abc import Callable
+from itertools import cycle
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import hyperfunc as hf
+from benchmarks.baseline import LoopedHyperResNet, train_step, with_params_of
+from hyperfunc import capture, data, optim, training, tree
+
+Engine = Literal["looped", "vmapped", "compiled", "graph", "compiled-graph", "plain"]
+"""The rival; ours run eagerly, compiled, captured, or both; and the ordinary network, by the fastest of these."""
+
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+LEARNING_RATE, WEIGHT_DECAY = 0.002, 0.0005
+BATCHES = 4
+"""Different batches that the inputs rotate through."""
+
+
+class Pictures(NamedTuple):
+    """Made-up pictures on the device, ready for both sides."""
+
+    images: data.Images
+    normalization: data.Normalization
+    draws: list[data.Draw]
+
+
+def pictures(device: torch.device, batch_size: int) -> Pictures:
+    """Pictures enough for `BATCHES` batches."""
+    count = BATCHES * batch_size
+    pixels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=data.seeded_generator("benchmark"))
+    images = data.Images(pixels, torch.arange(count) % 10)
+    normalization = data.measure(images)
+    draw = tree.to(data.draw_epoch(0, 0, count), device)
+    return Pictures(tree.to(images, device), tree.to(normalization, device), list(data.batches(draw, batch_size)))
+
+
+def skip_reason(engine: Engine, device: torch.device) -> str | None:
+    """Why an engine cannot run here, or None."""
+    if "graph" in engine and device.type != "cuda":
+        return "a CUDA graph needs a GPU"
+    return None
+
+
+def make_step(engine: Engine, depth: int, width: int, batch_size: int, device: torch.device) -> Callable[[], object]:
+    """A function that trains for one step at each call."""
+    given = pictures(device, batch_size)
+    if engine == "looped":
+        return _looped_step(depth, width, given, device)
+    model = hf.resnet(depth, width) if engine == "plain" else hf.hyper_resnet(depth, width)
+    if engine == "plain":
+        engine = "compiled-graph" if device.type == "cuda" else "compiled"
+    optimizer = optim.adam(optim.multistep(LEARNING_RATE, 200, 391), weight_decay=WEIGHT_DECAY)
+    load = data.make_train_load(given.images, given.normalization)
+    step = training.make_train_step(model, optimizer, load=load)
+    state = tree.to(training.init_state(model, optimizer, data.seeded_generator("benchmark")), device)
+    if engine.startswith("compiled"):
+        step = capture.compile_step(step, given.draws[0])
+    if "graph" in engine:
+        step = capture.capture(step, state, given.draws[0])
+    draws = cycle(given.draws)
+
+    def run() -> Tensor:
+        nonlocal state
+        state, metrics = step(state, next(draws))
+        return metrics.loss
+
+    return run
+
+
+def _looped_step(depth: int, width: int, given: Pictures, device: torch.device) -> Callable[[], object]:
+    params, _ = hf.hyper_resnet(depth, width).init(data.seeded_generator("benchmark"))
+    network = with_params_of(LoopedHyperResNet(depth, width), params).to(device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    # What a DataLoader would hand over: normal pictures in NCHW order. Making them is not counted against the rival.
+    load = data.make_train_load(given.images, given.normalization)
+    batches = cycle([(x.contiguous(), labels) for x, labels in map(load, given.draws)])
+    return lambda: train_step(network, optimizer, *next(batches))
+
+
+def make_generation(engine: Literal["looped", "vmapped"], width: int, device: torch.device) -> Callable[[], object]:
+    """A function that generates all kernels of depth 40 and runs back through them."""
+    model = hf.hyper_resnet(40, width)
+    params = tree.to(model.init(data.seeded_generator("benchmark"))[0], device)
+    cotangents = [torch.ones_like(kernel) for kernel in model.kernels(params).values()]
+    if engine == "looped":
+        network = with_params_of(LoopedHyperResNet(40, width), params).to(device)
+        leaves = [*network.generator.parameters(), *network.embeddings.parameters()]
+        return lambda: torch.autograd.grad(network.kernels(), leaves, cotangents)
+    generated = params._replace(primary={})
+
+    def run() -> object:
+        _, backward = torch.func.vjp(lambda p: list(model.kernels(p).values()), generated)
+        return backward(cotangents)
+
+    return run
+
+
+def make_evaluation(
+    kind: Literal["hyper", "materialized"], batch_size: int, device: torch.device
+) -> Callable[[], object]:
+    """A function that evaluates `BATCHES` batches with 40-1, generating the kernels once, or having them ready."""
+    model = hf.hyper_resnet(40)
+    params, batch_stats = tree.to(model.init(data.seeded_generator("benchmark")), device)
+    given = pictures(device, batch_size)
+    load = data.make_eval_load(given.normalization)
+    batches = list(data.batches(given.images, batch_size))
+    if kind == "hyper":
+        return lambda: training.evaluate(model, params, batch_stats, batches, load=load)
+    network = hf.materialize(model, params, batch_stats).eval().to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def run() -> object:
+        return [F.cross_entropy(network(x), labels, reduction="sum") for x, labels in map(load, batches)]
+
+    return run

@@ -1,0 +1,45 @@
+"""Fixtures of the benchmarks, and what is noted about the machine beside every result."""
+
+import os
+
+# Triton and Inductor print what they try while they tune; it would drown the table.
+os.environ.setdefault("TORCHINDUCTOR_LOG_LEVEL", "ERROR")
+
+import platform
+from typing import Any
+
+import pytest
+import torch
+
+import hyperfunc as hf
+from benchmarks.measure import Ceilings, measure_ceilings
+
+
+def device_name() -> str:
+    """The name of the GPU, or of the CPU with its number of threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Adds to the json what a number means nothing without."""
+    machine_info["device"] = device_name()
+    machine_info["versions"] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "hyperfunc": hf.__version__,
+    }
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def ceilings(device: torch.device) -> Ceilings:
+    """The machine's own limits, measured once."""
+    return measure_ceilings(device)

@@ -1,0 +1,126 @@
+"""Timing, ratios and the limits of the machine."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+ROUNDS = 40
+"""Pairs of measurements behind a ratio."""
+
+ATTEMPTS = 3
+"""How often a ratio may miss its gate before the gate fails: a shared machine loses a core now and then."""
+
+Call = Callable[[], object]
+
+
+def now() -> float:
+    """Seconds, after all that was given to the GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(call: Call, repeat: int = 1) -> float:
+    """Seconds a call: on a GPU between two events around `repeat` calls, else by the clock."""
+    if not torch.cuda.is_available():
+        started = time.perf_counter()
+        for _ in range(repeat):
+            call()
+        return (time.perf_counter() - started) / repeat
+    torch.cuda.synchronize()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeat):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / repeat
+
+
+class Ratio(NamedTuple):
+    """How much faster `ours` is than `theirs`, from pairs measured in turn; medians."""
+
+    speedup: float
+    ours: float
+    theirs: float
+
+
+def compare(ours: Call, theirs: Call, *, rounds: int = ROUNDS, repeat: int = 1) -> Ratio:
+    """Measures the two in turn, so that what slows the machine down slows both, and takes the median of the ratios."""
+    ours()
+    theirs()
+    pairs = [(seconds(ours, repeat), seconds(theirs, repeat)) for _ in range(rounds)]
+    return Ratio(
+        speedup=statistics.median(theirs / ours for ours, theirs in pairs),
+        ours=statistics.median(ours for ours, _ in pairs),
+        theirs=statistics.median(theirs for _, theirs in pairs),
+    )
+
+
+def gate(first: Ratio, at_least: float, again: Callable[[], Ratio]) -> None:
+    """Fails if the speedup stays under its bound in all attempts; shows both medians."""
+    ratios = [first]
+    while ratios[-1].speedup < at_least and len(ratios) < ATTEMPTS:
+        ratios.append(again())
+    assert ratios[-1].speedup >= at_least, (
+        f"faster by {', '.join(f'{ratio.speedup:.2f}' for ratio in ratios)} in {len(ratios)} attempts, "
+        f"expected {at_least}; medians of the last: ours {ratios[-1].ours:.3g} s, theirs {ratios[-1].theirs:.3g} s"
+    )
+
+
+class Ceilings(NamedTuple):
+    """What the machine can do at most: bytes a second in a copy, operations a second in a matrix product."""
+
+    bytes_per_second: float
+    flop_per_second: float
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype = torch.float32) -> Ceilings:
+    """A copy too large for any cache, counting bytes read and written, and a large product of random matrices."""
+    large = device.type == "cuda"
+    source = torch.randn((2**30 if large else 2**26) // 4, device=device)
+    target = torch.empty_like(source)
+    side = 8192 if large else 1536
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+
+    def best(call: Call) -> float:
+        call()
+        return min(seconds(call, 3) for _ in range(5))
+
+    copy = best(lambda: target.copy_(source))
+    product = best(lambda: left @ right)
+    return Ceilings(2 * source.nbytes / copy, 2 * side**3 / product)
+
+
+class Work(NamedTuple):
+    """What a training step must at least do for a picture."""
+
+    flop: float
+    bytes: float
+
+
+def work_per_image(network: nn.Module, bytes_per_element: int = 4, batch_size: int = 4) -> Work:
+    """Counted on the network itself: the operations of its forward and backward pass, and the bytes of its
+    activations if everything between two convolutions were fused into them.
+
+    A convolution reads its input and writes its output; backwards it reads the output's gradient twice and the input
+    once, and writes the input's gradient.
+    """
+    elements = 0
+
+    def count(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal elements
+        elements += 3 * inputs[0].numel() + 3 * output.numel()
+
+    handles = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, nn.Conv2d)]
+    images = torch.randn(batch_size, 3, 32, 32, device=next(network.parameters()).device)
+    with FlopCounterMode(display=False) as counter:
+        network(images).sum().backward()
+    for handle in handles:
+        handle.remove()
+    return Work(counter.get_total_flops() / batch_size, elements * bytes_per_element / batch_size)

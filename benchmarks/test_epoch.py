@@ -1,0 +1,74 @@
+"""An epoch with its evaluation: train.py's way against the baseline's, with its DataLoader and worker processes."""
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import hyperfunc as hf
+from benchmarks.baseline import LoopedHyperResNet, accuracy, loader, train_epoch, with_params_of
+from benchmarks.cases import LEARNING_RATE, WEIGHT_DECAY
+from hyperfunc import capture, data, optim, training, tree
+
+ON_GPU = torch.cuda.is_available()
+TRAIN, TEST, BATCH_SIZE = (50_000, 10_000, 128) if ON_GPU else (1024, 256, 128)
+WORKERS = 2
+
+
+def pictures(count: int) -> data.Images:
+    generator = data.seeded_generator("epoch benchmark")
+    pixels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    return data.Images(pixels, torch.arange(count) % 10)
+
+
+def make_ours(device: torch.device):
+    """An epoch by the fastest engine for a long run."""
+    model = hf.hyper_resnet(40)
+    optimizer = optim.adam(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    normalization = tree.to(data.measure(pictures(TRAIN)), device)
+    train, test = tree.to(pictures(TRAIN), device), tree.to(pictures(TEST), device)
+    step = training.make_train_step(model, optimizer, load=data.make_train_load(train, normalization))
+    state = tree.to(training.init_state(model, optimizer, data.seeded_generator("benchmark")), device)
+    first = next(data.batches(tree.to(data.draw_epoch(0, 0, TRAIN), device), BATCH_SIZE))
+    step = capture.capture(capture.compile_step(step, first), state, first)
+    eval_load = data.make_eval_load(normalization)
+    epoch = 0
+
+    def run() -> float:
+        nonlocal state, epoch
+        draw = tree.to(data.draw_epoch(0, epoch, TRAIN), device)
+        for batch in data.batches(draw, BATCH_SIZE):
+            state, _ = step(state, batch)
+        epoch += 1
+        batches = data.batches(test, 1000)
+        metrics = training.evaluate(model, state.params, state.batch_stats, batches, load=eval_load)
+        return (metrics.correct / metrics.total).item()
+
+    return run
+
+
+def make_baseline(device: torch.device):
+    """An epoch as it is usually written."""
+    params, _ = hf.hyper_resnet(40).init(data.seeded_generator("benchmark"))
+    network = with_params_of(LoopedHyperResNet(40), params).to(device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    train = loader(*pictures(TRAIN), BATCH_SIZE, train=True, workers=WORKERS)
+    test = loader(*pictures(TEST), 1000, train=False, workers=WORKERS)
+
+    def run() -> float:
+        train_epoch(network, optimizer, train, device)
+        return accuracy(network, test, device)
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.benchmark(group=f"an epoch of 40-1 over {TRAIN} pictures, with evaluation over {TEST}")
+@pytest.mark.parametrize("kind", ["hyperfunc", "baseline"])
+def test_epoch(benchmark: BenchmarkFixture, device: torch.device, kind: str) -> None:
+    run = (make_ours if kind == "hyperfunc" else make_baseline)(device)
+    benchmark.pedantic(run, rounds=3, iterations=1, warmup_rounds=1)
+    if not benchmark.disabled:
+        epoch_seconds = benchmark.stats["median"]
+        benchmark.extra_info["images_per_second"] = round(TRAIN / epoch_seconds)
+        if ON_GPU:
+            benchmark.extra_info["minutes_for_200_epochs"] = round(200 * epoch_seconds / 60, 2)
