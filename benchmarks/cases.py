@@ -93,11 +93,10 @@ def make_generation(engine: Literal["looped", "vmapped"], width: int, device: to
         return lambda: torch.autograd.grad(network.kernels(), leaves, cotangents)
     generated = params._replace(primary={})
 
-    def run() -> object:
-        _, backward = torch.func.vjp(lambda p: list(model.kernels(p).values()), generated)
-        return backward(cotangents)
+    def kernels(params: hf.Params) -> list[Tensor]:
+        return list(model.kernels(params).values())
 
-    return run
+    return lambda: torch.func.vjp(kernels, generated)[1](cotangents)
 
 
 def make_evaluation(

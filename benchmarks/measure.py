@@ -1,11 +1,13 @@
 """Timing, ratios and the limits of the machine."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,13 +18,6 @@ ATTEMPTS = 3
 """How often a ratio may miss its gate before the gate fails: a shared machine loses a core now and then."""
 
 Call = Callable[[], object]
-
-
-def now() -> float:
-    """Seconds, after all that was given to the GPU is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def seconds(call: Call, repeat: int = 1) -> float:
@@ -60,6 +55,12 @@ def compare(ours: Call, theirs: Call, *, rounds: int = ROUNDS, repeat: int = 1) 
         ours=statistics.median(ours for ours, _ in pairs),
         theirs=statistics.median(theirs for _, theirs in pairs),
     )
+
+
+def median_seconds(benchmark: BenchmarkFixture) -> float:
+    """The median of what the fixture measured; nan where measuring is off (--benchmark-disable)."""
+    stats: Any = benchmark.stats
+    return math.nan if stats is None else stats["median"]
 
 
 def gate(first: Ratio, at_least: float, again: Callable[[], Ratio]) -> None:

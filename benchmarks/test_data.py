@@ -1,4 +1,4 @@
-"""Drawing and augmenting a batch: an index gather on the device against torchvision's transforms, picture by picture."""
+"""Augmenting a batch: an index gather on the device against torchvision's transforms, picture by picture."""
 
 import pytest
 import torch

@@ -1,5 +1,7 @@
 """An epoch with its evaluation: train.py's way against the baseline's, with its DataLoader and worker processes."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -7,6 +9,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import hyperfunc as hf
 from benchmarks.baseline import LoopedHyperResNet, accuracy, loader, train_epoch, with_params_of
 from benchmarks.cases import LEARNING_RATE, WEIGHT_DECAY
+from benchmarks.measure import median_seconds
 from hyperfunc import capture, data, optim, training, tree
 
 ON_GPU = torch.cuda.is_available()
@@ -20,7 +23,7 @@ def pictures(count: int) -> data.Images:
     return data.Images(pixels, torch.arange(count) % 10)
 
 
-def make_ours(device: torch.device):
+def make_ours(device: torch.device) -> Callable[[], float]:
     """An epoch by the fastest engine for a long run."""
     model = hf.hyper_resnet(40)
     optimizer = optim.adam(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -46,7 +49,7 @@ def make_ours(device: torch.device):
     return run
 
 
-def make_baseline(device: torch.device):
+def make_baseline(device: torch.device) -> Callable[[], float]:
     """An epoch as it is usually written."""
     params, _ = hf.hyper_resnet(40).init(data.seeded_generator("benchmark"))
     network = with_params_of(LoopedHyperResNet(40), params).to(device)
@@ -68,7 +71,7 @@ def test_epoch(benchmark: BenchmarkFixture, device: torch.device, kind: str) -> 
     run = (make_ours if kind == "hyperfunc" else make_baseline)(device)
     benchmark.pedantic(run, rounds=3, iterations=1, warmup_rounds=1)
     if not benchmark.disabled:
-        epoch_seconds = benchmark.stats["median"]
+        epoch_seconds = median_seconds(benchmark)
         benchmark.extra_info["images_per_second"] = round(TRAIN / epoch_seconds)
         if ON_GPU:
             benchmark.extra_info["minutes_for_200_epochs"] = round(200 * epoch_seconds / 60, 2)

@@ -9,7 +9,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import hyperfunc as hf
 from benchmarks.cases import ENGINES, Engine, make_step, skip_reason
 from benchmarks.conftest import device_name
-from benchmarks.measure import Ceilings, compare, gate, seconds, work_per_image
+from benchmarks.measure import Ceilings, compare, gate, median_seconds, seconds, work_per_image
 from hyperfunc import data
 
 ON_GPU = torch.cuda.is_available()
@@ -56,7 +56,9 @@ def test_step(
 
     benchmark.pedantic(run, rounds=10, iterations=1, warmup_rounds=2)
     info: dict[str, Any] = benchmark.extra_info
-    step_seconds = seconds(call, repeat) if benchmark.disabled else benchmark.stats["median"] / repeat
+    if benchmark.disabled:
+        return
+    step_seconds = median_seconds(benchmark) / repeat
     info |= {"width": width, "batch_size": batch_size, "engine": engine, "steps_per_round": repeat}
     info["images_per_second"] = round(batch_size / step_seconds)
     info["first_step_seconds"] = round(first, 2)

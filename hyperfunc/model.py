@@ -12,7 +12,14 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from hyperfunc import tree
-from hyperfunc.hypernet import HyperNetParams, Init, check_init, generate_kernels, init_embeddings, init_generator
+from hyperfunc.hypernet import (
+    HyperNetParams,
+    Init,
+    check_init,
+    generate_kernels_at_once,
+    init_embeddings,
+    init_generator,
+)
 from hyperfunc.residual import Block, ResNet, Shortcut, init_weights
 from hyperfunc.tiling import Tiling, assemble, tile
 
@@ -222,7 +229,7 @@ def _make_model(
     def kernels(params: Params) -> dict[str, Tensor]:
         whole: dict[str, Tensor] = {}
         for key, layers in tiling.layers.items():
-            whole |= assemble(layers, generate_kernels(params.generator[key], params.embeddings[key]))
+            whole |= assemble(layers, generate_kernels_at_once(params.generator[key], params.embeddings[key]))
         return whole
 
     def weights(params: Params) -> dict[str, Tensor]:

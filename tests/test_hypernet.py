@@ -7,7 +7,13 @@ from helpers import unchecked
 from torch import Generator
 
 from hyperfunc import hypernet, tree
-from hyperfunc.hypernet import generate_kernel, generate_kernels, init_embeddings, init_generator
+from hyperfunc.hypernet import (
+    generate_kernel,
+    generate_kernels,
+    generate_kernels_at_once,
+    init_embeddings,
+    init_generator,
+)
 
 
 @pytest.mark.parametrize("window", [(3, 3), (), (5,), (1, 1), (2, 3, 4)])
@@ -31,6 +37,19 @@ def test_vmapped_equals_looped(generator: Generator) -> None:
     z = torch.randn(9, 64, generator=generator, dtype=torch.float64)
     looped = torch.stack([generate_kernel(p, row) for row in z])
     torch.testing.assert_close(generate_kernels(p, z), looped, rtol=oracle.EXACT, atol=oracle.EXACT)
+
+
+@pytest.mark.parametrize("window", [(3, 3), (), (5,)])
+def test_at_once_equals_mapped_with_its_gradients(generator: Generator, window: tuple[int, ...]) -> None:
+    p = init_generator(generator, window=window, unit=(6, 4), z_dim=7, hidden_dim=5, init="clipped-normal")
+    p = tree.to(p, torch.float64)
+    z = torch.randn(9, 7, generator=generator, dtype=torch.float64)
+    ours, our_backward = torch.func.vjp(generate_kernels_at_once, p, z)[:2]
+    theirs, their_backward = torch.func.vjp(generate_kernels, p, z)[:2]
+    torch.testing.assert_close(ours, theirs, rtol=oracle.EXACT, atol=oracle.EXACT)
+    cotangent = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
+    for a, b in zip(tree.leaves(our_backward(cotangent)), tree.leaves(their_backward(cotangent)), strict=True):
+        torch.testing.assert_close(a, b, rtol=oracle.EXACT, atol=oracle.EXACT)
 
 
 def test_he_gives_every_kernel_its_scale(generator: Generator) -> None:
