@@ -17,22 +17,25 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _exit_before_start)
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import torch
+from filelock import Timeout
 
 import hyperfunc as hf
 from hyperfunc import capture, checkpoint, data, optim, training, tree
+from hyperfunc.files import lock_for
 from hyperfunc.hypernet import Init
-from hyperfunc.interrupt import Interrupted, Interrupts
+from hyperfunc.interrupt import Interrupted, Interrupts, ignore
 from hyperfunc.residual import Block, Shortcut, check_depth
 from hyperfunc.tracking import Printer, WandbRun, start_wandb
 from hyperfunc.training import Decay, Metrics, TrainState
@@ -150,7 +153,14 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message}\n")
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {' '.join(message.split())}\n")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, "", False) else action.help
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
@@ -159,7 +169,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         prog="train.py",
         description=(__doc__ or "").splitlines()[0],
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     groups: dict[str, Any] = {}
     for item in dataclasses.fields(Config):
@@ -199,7 +209,12 @@ def check_config(config: Config) -> None:
         if isinstance(value, str) and "\0" in value:
             raise ValueError(f"--{item.name.replace('_', '-')}: got {value!r}, which has a null character")
     check_depth(config.depth)
-    if not config.checkpoint_path or Path(config.checkpoint_path).is_dir():
+    path = Path(config.checkpoint_path)
+    try:
+        is_something_else = path.exists() and not path.is_file()
+    except OSError as error:
+        raise ValueError(f"--checkpoint-path: {error}") from None
+    if not config.checkpoint_path or is_something_else:
         raise ValueError(f"--checkpoint-path: got {config.checkpoint_path!r}, expected the path of a file")
     if config.resume and not Path(config.checkpoint_path).is_file():
         raise ValueError(
@@ -231,6 +246,7 @@ class Run:
     model: hf.Model
     step: training.Step
     learning_rate: optim.Schedule
+    data_digest: str
     normalization: data.Normalization
     state: TrainState
     best: tuple[hf.Params, hf.BatchStats]
@@ -250,13 +266,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     config: Config | None = None
     try:
         config = parse_args(argv)
-        run = set_up(config, printer)
-        wandb_run = None if config.no_wandb else start_tracking(run, printer)
-        with interrupts.deferred():
-            code = train(run, interrupts, printer, wandb_run)
-            if wandb_run is not None:
-                finish_tracking(run, wandb_run, code)
-        return code
+        with locked(config.checkpoint_path):
+            run = set_up(config, printer)
+            wandb_run = None if config.no_wandb else start_tracking(run, printer)
+            interrupts.defer()
+            code = EXIT_FAILED
+            try:
+                code = train(run, interrupts, printer, wandb_run)
+            finally:
+                if wandb_run is not None:
+                    finish_tracking(run, wandb_run, code)
+            return code
     except Interrupted as interrupt:
         path = config.checkpoint_path if config else ""
         there = f"; the checkpoint {path} is as it was" if path and Path(path).exists() else "; nothing was saved yet"
@@ -271,6 +291,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, FloatingPointError) as error:
         printer.warn(f"train.py: {_one_line(error)}")
         return EXIT_FAILED
+    except (RuntimeError, MemoryError) as error:
+        if os.environ.get("HYPERFUNC_TRACEBACK"):
+            raise
+        printer.warn(f"train.py: {type(error).__name__}: {_one_line(error)} (HYPERFUNC_TRACEBACK=1 shows where)")
+        return EXIT_FAILED
+
+
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Keeps the checkpoint for this process alone.
+
+    Raises:
+        ValueError: Another process of this machine is training into it.
+    """
+    lock = lock_for(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"--checkpoint-path: another run is writing to {path}; wait for its end, or name another file"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def set_up(config: Config, printer: Printer) -> Run:
@@ -301,12 +346,10 @@ def set_up(config: Config, printer: Printer) -> Run:
         f"{len(dataset.classes)} classes"
     )
 
-    model, text = build_model(config, len(dataset.classes))
-    printer.say(f"model        {text}")
+    model = build_model(config, len(dataset.classes))
     selection = "the held-out pictures" if dataset.val else "the test set itself, for want of --val-size"
-    printer.say(f"best model   chosen by accuracy on {selection}")
 
-    normalization = data.measure(dataset.train)
+    normalization, digest = data.measure(dataset.train), data.digest(dataset)
     dataset = dataset._replace(
         train=tree.to(dataset.train, device),
         val=tree.to(dataset.val, device) if dataset.val else None,
@@ -323,6 +366,8 @@ def set_up(config: Config, printer: Printer) -> Run:
     )
     # Drawn on the CPU, so that a seed means the same network on every device.
     state = tree.to(training.init_state(model, optimizer, data.seeded_generator("init", config.seed)), device)
+    printer.say(f"model        {describe_model(config, model, state.params)}")
+    printer.say(f"best model   chosen by accuracy on {selection}")
     run = Run(
         config=config,
         device=device,
@@ -330,6 +375,7 @@ def set_up(config: Config, printer: Printer) -> Run:
         model=model,
         step=step,
         learning_rate=optimizer.learning_rate,
+        data_digest=digest,
         normalization=normalization,
         state=state,
         best=(state.params, state.batch_stats),
@@ -341,6 +387,9 @@ def set_up(config: Config, printer: Printer) -> Run:
         printer.say(
             f"resumed      from {config.checkpoint_path} at epoch {run.progress.epoch + 1}, batch {run.progress.batch}"
         )
+        planned = previous.notes["config"]["epochs"]
+        if planned != config.epochs:
+            printer.say(f"schedule     laid over {config.epochs} epochs now, and not over {planned} as so far")
     run.step = start_engine(run, printer)
     return run
 
@@ -395,16 +444,20 @@ def train(run: Run, interrupts: Interrupts, printer: Printer, wandb_run: WandbRu
             run.state, metrics = run.step(run.state, batch)
             unread.append(metrics)
             progress.batch += 1
-            last = progress.batch == batch_count
-            if progress.batch % config.report_every == 0 or last or interrupts.received:
+            signaled = interrupts.received
+            if progress.batch % config.report_every == 0 or progress.batch == batch_count or signaled:
                 report(run, unread, batch_count, printer, wandb_run)
                 unread.clear()
-            if interrupts.received and not last:
+            if signaled:
                 progress.seconds = time.perf_counter() - started
-                return stop(run, interrupts.received, printer)
-        train_seconds = time.perf_counter() - started
-        trained = count - first_batch * config.batch_size
-        finish_epoch(run, started, trained / max(train_seconds - progress.seconds, 1e-9), printer, wandb_run)
+                return stop(run, signaled, printer)
+        train_seconds = time.perf_counter() - started - progress.seconds
+        trained = max(0, count - first_batch * config.batch_size)
+        try:
+            finish_epoch(run, started, trained / max(train_seconds, 1e-9), interrupts, printer, wandb_run)
+        except Interrupted as interrupt:
+            progress.seconds = time.perf_counter() - started
+            return stop(run, interrupt.number, printer)
         if interrupts.received:
             return stop(run, interrupts.received, printer, already_saved=run.saved)
     return 0 if run.saved else EXIT_FAILED
@@ -423,7 +476,8 @@ def report(run: Run, unread: list[Metrics], batch_count: int, printer: Printer, 
     first_batch = progress.batch - len(unread) + 1
     for offset, loss in enumerate(losses):
         if not math.isfinite(loss):
-            raise FloatingPointError(not_finite(run, first_batch + offset, loss))
+            progress.batch = first_batch + offset
+            raise FloatingPointError(not_finite(run, f"the loss is {loss} at"))
     loss = sum(losses) / sum(counts)
     accuracy = 100 * sum(correct) / sum(counts)
     epochs = run.config.epochs
@@ -438,23 +492,34 @@ def report(run: Run, unread: list[Metrics], batch_count: int, printer: Printer, 
 
 
 def finish_epoch(
-    run: Run, started: float, images_per_second: float, printer: Printer, wandb_run: WandbRun | None
+    run: Run,
+    started: float,
+    images_per_second: float,
+    interrupts: Interrupts,
+    printer: Printer,
+    wandb_run: WandbRun | None,
 ) -> None:
-    """Evaluates, keeps the best, saves, and shows all of it."""
+    """Evaluates, keeps the best, saves, and shows all of it.
+
+    Raises:
+        Interrupted: A signal came during the evaluation. Nothing has changed, and the epoch can be finished later.
+        FloatingPointError: The state or a loss is not finite. Nothing was saved.
+    """
     config, progress = run.config, run.progress
-    _, train_accuracy = loss_and_accuracy(run.epoch_totals)
+    check_finite(run)
+    train_loss, train_accuracy = loss_and_accuracy(run.epoch_totals)
     rate = float(run.learning_rate(run.state.step - 1))
-    test_loss, test_accuracy = evaluate(run, run.dataset.test)
+    test_loss, test_accuracy = evaluate(run, run.dataset.test, interrupts)
     row: dict[str, float] = {
         "epoch": progress.epoch + 1,
         "train/accuracy": train_accuracy,
-        "train/loss": loss_and_accuracy(run.epoch_totals)[0],
+        "train/loss": train_loss,
         "test/accuracy": test_accuracy,
         "test/loss": test_loss,
     }
     chosen_by = test_accuracy
     if run.dataset.val is not None:
-        row["val/loss"], row["val/accuracy"] = evaluate(run, run.dataset.val)
+        row["val/loss"], row["val/accuracy"] = evaluate(run, run.dataset.val, interrupts)
         chosen_by = row["val/accuracy"]
     is_best = chosen_by > progress.best_accuracy
     if is_best:
@@ -482,9 +547,14 @@ def finish_epoch(
 
 
 def stop(run: Run, number: int, printer: Printer, *, already_saved: bool = False) -> int:
-    """Saves in mid-run after a signal; returns the exit code that a shell expects then."""
+    """Saves in mid-run after a signal; returns the exit code that a shell expects then.
+
+    Raises:
+        FloatingPointError: The state is not finite. Nothing was saved.
+    """
     name = signal.Signals(number).name
     if not already_saved:
+        check_finite(run)
         save(run, printer)
     where = f"epoch {run.progress.epoch + 1}, batch {run.progress.batch}"
     if run.saved:
@@ -494,29 +564,55 @@ def stop(run: Run, number: int, printer: Printer, *, already_saved: bool = False
     return 128 + number
 
 
-def evaluate(run: Run, images: data.Images) -> tuple[float, float]:
-    """Mean loss, and accuracy in percent."""
-    batches = data.batches(images, run.config.eval_batch_size)
+def evaluate(run: Run, images: data.Images, interrupts: Interrupts) -> tuple[float, float]:
+    """Mean loss, and accuracy in percent.
+
+    Raises:
+        Interrupted: A signal came.
+        FloatingPointError: The loss is not finite.
+    """
+
+    def batches() -> Iterator[data.Images]:
+        for batch in data.batches(images, run.config.eval_batch_size):
+            interrupts.check()
+            yield batch
+
     load = data.make_eval_load(run.normalization)
-    return loss_and_accuracy(training.evaluate(run.model, run.state.params, run.state.batch_stats, batches, load=load))
+    metrics = training.evaluate(run.model, run.state.params, run.state.batch_stats, batches(), load=load)
+    loss, accuracy = loss_and_accuracy(metrics)
+    if not math.isfinite(loss):
+        raise FloatingPointError(not_finite(run, f"the loss is {loss} in the evaluation after"))
+    return loss, accuracy
+
+
+def check_finite(run: Run) -> None:
+    """Raises a FloatingPointError where the state holds a number that is not finite."""
+    if not bool(torch.stack([leaf.isfinite().all() for leaf in tree.leaves(run.state)]).all()):
+        raise FloatingPointError(not_finite(run, "a number that is not finite came up by"))
 
 
 def save(run: Run, printer: Printer) -> None:
     """Writes the checkpoint, or says that it could not; `run.saved` tells."""
     path = Path(run.config.checkpoint_path)
-    trees = {"state": run.state, "best": run.best, "epoch_totals": run.epoch_totals}
+    trees = {
+        "state": run.state,
+        "best": run.best,
+        "epoch_totals": run.epoch_totals,
+        "normalization": run.normalization,
+    }
     notes = {
         "config": dataclasses.asdict(run.config),
         "progress": dataclasses.asdict(run.progress),
         "classes": run.dataset.classes,
+        "data": run.data_digest,
     }
     try:
-        if not run.owns_path and path.exists():
-            aside = unused_path(path)
-            os.replace(path, aside)
-            printer.say(f"kept the earlier run of {path} as {aside}")
-        checkpoint.save(path, trees, notes)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = unused_path(path) if path.exists() and not run.owns_path else None
+        checkpoint.save(path, trees, notes, keep_old_as=aside)
         run.saved = run.owns_path = True
+        if aside is not None:
+            printer.say(f"kept the earlier run of {path} as {aside}")
     except OSError as error:
         run.saved = False
         printer.warn(f"could not save {path}: {error}; trying again at the next occasion")
@@ -537,6 +633,9 @@ def read_checkpoint(config: Config) -> checkpoint.Checkpoint:
         ValueError: It is damaged, or the command line asks for another run than the one in it.
     """
     previous = checkpoint.load(config.checkpoint_path)
+    missing = {"config", "progress", "classes", "data"} - previous.notes.keys()
+    if missing or previous.notes["progress"].keys() != dataclasses.asdict(Progress()).keys():
+        raise ValueError(f"--resume: {config.checkpoint_path} was not written by this version of train.py")
     before, now = previous.notes["config"], dataclasses.asdict(config)
     shaping = [item.name for item in dataclasses.fields(config) if item.metadata["shapes"]]
     different = [
@@ -565,6 +664,11 @@ def restore(run: Run, previous: checkpoint.Checkpoint) -> None:
             f"--resume: the checkpoint was trained on the classes {', '.join(previous.notes['classes'][:5])} ..., "
             f"the data now has {', '.join(run.dataset.classes[:5])} ..."
         )
+    if run.data_digest != previous.notes["data"]:
+        raise ValueError(
+            f"--resume: the pictures or their labels are not those that {run.config.checkpoint_path} was trained on; "
+            "name the same data with --data-dir"
+        )
     run.state = checkpoint.restore(previous, "state", run.state)
     run.best = checkpoint.restore(previous, "best", run.best)
     run.epoch_totals = checkpoint.restore(previous, "epoch_totals", run.epoch_totals)
@@ -573,42 +677,48 @@ def restore(run: Run, previous: checkpoint.Checkpoint) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Makes the checkpoint's folder and tries it, so that a run does not find out after its first epoch.
+    """Tries the checkpoint's folder, or the one that it will be made in: a run is not to find out after an epoch.
 
     Raises:
         ValueError: Nothing can be written there.
     """
+    folder = path.resolve().parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        # As long a name as the one that a save writes to first.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.", suffix=".tmp"):
             pass
     except OSError as error:
-        raise ValueError(f"--checkpoint-path: nothing can be written to {path.parent}: {error}") from None
+        raise ValueError(f"--checkpoint-path: nothing can be written at {path}: {error}") from None
 
 
-def build_model(config: Config, num_classes: int) -> tuple[hf.Model, str]:
-    """The network, and a line that says how large it is."""
+def build_model(config: Config, num_classes: int) -> hf.Model:
+    """The network that the flags describe."""
     shape: dict[str, Any] = {"shortcut": config.shortcut, "block": config.block}
-    plain = hf.resnet(config.depth, config.width, num_classes, **shape)
-    plain_count = hf.num_params(dict(plain.module.named_parameters()))
-    name = f"{config.depth}-{config.width}"
     if config.model == "plain":
-        return plain, f"plain {name}: {plain_count:,} parameters"
-    hyper = hf.hyper_resnet(
-        config.depth,
-        config.width,
-        num_classes,
-        config.z_dim,
-        hidden_dim=config.hidden_dim or None,
-        init=config.init,
-        **shape,
+        return hf.resnet(config.depth, config.width, num_classes, **shape)
+    hidden_dim = config.hidden_dim or None
+    return hf.hyper_resnet(
+        config.depth, config.width, num_classes, config.z_dim, hidden_dim=hidden_dim, init=config.init, **shape
     )
-    params, _ = hyper.init(torch.Generator())
-    count = hf.num_params(params)
+
+
+def count_ordinary(model: hf.Model) -> int:
+    """The parameters of the primary network, if all were ordinary ones."""
+    return hf.num_params(dict(model.module.named_parameters()))
+
+
+def describe_model(config: Config, model: hf.Model, params: hf.Params) -> str:
+    """How large it is, and how much larger the ordinary network is."""
+    name = f"{config.model} {config.depth}-{config.width}"
+    count, ordinary = hf.num_params(params), count_ordinary(model)
+    if config.model == "plain":
+        return f"{name}: {count:,} parameters"
     units = sum(len(z) for z in params.embeddings.values())
-    return hyper, (
-        f"hyper {name}: {count:,} parameters ({units:,} embeddings), compression {plain_count / count:.2f} "
-        f"against the {plain_count:,} of the ordinary network"
+    return (
+        f"{name}: {count:,} parameters ({units:,} embeddings), compression {ordinary / count:.2f} "
+        f"against the {ordinary:,} of the ordinary network"
     )
 
 
@@ -646,8 +756,7 @@ def start_tracking(run: Run, printer: Printer) -> WandbRun | None:
     if wandb_run is not None:
         run.progress.wandb_id = wandb_run.id
         total = hf.num_params(run.state.params)
-        ordinary = hf.num_params(dict(run.model.module.named_parameters()))
-        wandb_run.summarize({"total_parameters": total, "compression": ordinary / total})
+        wandb_run.summarize({"total_parameters": total, "compression": count_ordinary(run.model) / total})
     return wandb_run
 
 
@@ -694,15 +803,15 @@ def loss_and_accuracy(metrics: Metrics) -> tuple[float, float]:
     return loss / count, 100 * correct / count
 
 
-def not_finite(run: Run, batch: int, loss: float) -> str:
-    """The line that explains a loss of nan or inf."""
-    leaves = tree.named_leaves(run.state.params)
+def not_finite(run: Run, what: str) -> str:
+    """The line that explains a number that is not finite."""
+    leaves = tree.named_leaves(run.state)
     first = next((path for path, leaf in leaves.items() if not bool(leaf.isfinite().all())), None)
-    which = f"; by now {first} is not finite" if first else ""
+    which = f"; {first} is not finite" if first else ""
     path = run.config.checkpoint_path
     way_on = f"{path} still holds the last good state" if run.owns_path else "nothing was saved"
     return (
-        f"the loss is {loss} at epoch {run.progress.epoch + 1}, batch {batch}{which}; {way_on}; "
+        f"{what} epoch {run.progress.epoch + 1}, batch {run.progress.batch}{which}; {way_on}; "
         f"begin again with an --lr below {run.config.lr:g}"
     )
 
@@ -724,4 +833,6 @@ def _one_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    ignore()
+    sys.exit(exit_code)

@@ -7,6 +7,7 @@ be used.
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -17,25 +18,25 @@ from hyperfunc import data, optim, training, tree
 def main() -> int:
     """Prints the report and returns the exit code."""
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    present = nvidia_smi("--query-gpu=name,driver_version", "--format=csv,noheader")
+    present, drivers = find_gpus()
     for label, value in (
         ("Python", platform.python_version()),
         ("torch", torch.__version__),
         ("CUDA", torch.version.cuda or "none in this build of torch"),
         ("cuDNN", str(torch.backends.cudnn.version() or "none")),
-        ("driver", ", ".join(sorted({line.split(",")[-1].strip() for line in present})) or "none found"),
+        ("driver", drivers or "none found"),
         ("GPUs", str(visible)),
     ):
         print(f"{label:9}{value}")
 
     failed = False
     if present and not visible:
-        print(f"FAILED   {len(present)} NVIDIA GPU(s) present ({present[0]}), but torch can use none: {remedy()}")
+        print(f"FAILED   an NVIDIA GPU is present ({present}), but torch can use none: {remedy()}")
         failed = True
     devices = [torch.device("cuda", index) for index in range(visible)] or [torch.device("cpu")]
     for device in devices:
-        print(f"{device!s:9}{describe(device)}")
         try:
+            print(f"{device!s:9}{describe(device)}")
             loss = train_one_step(device)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
@@ -86,13 +87,33 @@ def remedy() -> str:
     return f"this torch was built for {', '.join(torch.cuda.get_arch_list())}; install one built for this GPU"
 
 
-def nvidia_smi(*arguments: str) -> list[str]:
-    """The lines that nvidia-smi prints, none where there is no such program or it fails."""
+def find_gpus() -> tuple[str, str]:
+    """What says that there is a GPU, or '', and the driver's version, or '': asks nvidia-smi and the PCI bus."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=30, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.SubprocessError):
-        return []
-    return [line for line in done.stdout.splitlines() if line.strip()]
+        return on_pci_bus(), ""
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    if done.returncode == 0 and lines:
+        names, versions = zip(*(line.rsplit(",", 1) for line in lines), strict=True)
+        return ", ".join(names), ", ".join(sorted({version.strip() for version in versions}))
+    if any("No devices were found" in line for line in lines):
+        return on_pci_bus(), ""
+    return f"nvidia-smi says: {' '.join(lines or done.stderr.split())[:200]}", ""
+
+
+def on_pci_bus(bus: Path = Path("/sys/bus/pci/devices")) -> str:
+    """The addresses of NVIDIA's display and compute devices on the PCI bus, or ''."""
+    found = []
+    for device in sorted(bus.glob("*")):
+        try:
+            vendor, kind = (device / "vendor").read_text().strip(), (device / "class").read_text().strip()
+        except OSError:
+            continue
+        if vendor == "0x10de" and kind.startswith("0x03"):
+            found.append(device.name)
+    return f"PCI {', '.join(found)}" if found else ""
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -20,13 +21,23 @@ class Checkpoint(NamedTuple):
     notes: dict[str, Any]
 
 
-def save(path: str | os.PathLike[str], trees: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+def save(
+    path: str | os.PathLike[str], trees: Mapping[str, Any], notes: Mapping[str, Any], *, keep_old_as: Path | None = None
+) -> None:
     """Writes named pytrees and notes (anything that JSON can hold) to one file, whole or not at all.
+
+    Args:
+        path: The file.
+        trees: Pytrees by name.
+        notes: What else the reader needs.
+        keep_old_as: A name, not yet taken, under which the file that stands at `path` now is kept.
 
     Raises:
         OSError: The file cannot be written; an older one stands as it was.
     """
-    write_tensors(path, tree.named_leaves(dict(trees)), {"format": FORMAT, "notes": dict(notes)})
+    write_tensors(
+        path, tree.named_leaves(dict(trees)), {"format": FORMAT, "notes": dict(notes)}, keep_old_as=keep_old_as
+    )
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:

@@ -20,13 +20,12 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from filelock import FileLock
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from hyperfunc.files import read_tensors, write_tensors
+from hyperfunc.files import lock_for, read_tensors, write_tensors
 
 Name = Literal["cifar10", "cifar100", "digits", "folder", "synthetic"]
 
@@ -133,6 +132,15 @@ def measure(images: Images) -> Normalization:
     return Normalization(mean.float(), variance.clamp(min=0).sqrt().clamp(min=1).float())
 
 
+def digest(dataset: Dataset) -> str:
+    """A fingerprint of all pictures, labels and class names: what a run must find again when it is resumed."""
+    total = hashlib.sha256(repr(dataset.classes).encode())
+    for images in (dataset.train, dataset.val, dataset.test):
+        for column in images or ():
+            total.update(memoryview(column.cpu().contiguous().numpy()))
+    return total.hexdigest()
+
+
 def draw_epoch(seed: int, epoch: int, count: int, *, flip: bool = True) -> Draw:
     """The order and the augmentation of one epoch over `count` pictures: a function of the arguments alone."""
     return draw(seeded_generator("epoch", seed, epoch), count, flip=flip)
@@ -234,16 +242,26 @@ def _cifar(name: str, data_dir: Path, notify: Callable[[str], None]) -> Dataset:
     from torchvision import datasets
 
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    data_dir.mkdir(parents=True, exist_ok=True)
-    # One process downloads and unpacks; others that start at the same time wait for it.
-    with FileLock(data_dir / f".{name}.lock"):
+    try:
+        train = source(str(data_dir), train=True)
+    except RuntimeError:
+        train = _fetch_cifar(source, data_dir, notify)
+    test = source(str(data_dir), train=False)
+    return Dataset(_from_arrays(train), None, _from_arrays(test), tuple(train.classes), flip=True)
+
+
+def _fetch_cifar(source: Any, data_dir: Path, notify: Callable[[str], None]) -> Any:
+    """Downloads and unpacks, one process at a time; one that comes later finds the work done."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data_dir: {data_dir} cannot be a folder for the data: {error}") from None
+    with lock_for(data_dir / source.base_folder):
         try:
-            train = source(str(data_dir), train=True)
+            return source(str(data_dir), train=True)
         except RuntimeError:
             _download(source, data_dir, notify)
-            train = source(str(data_dir), train=True, download=True)
-        test = source(str(data_dir), train=False)
-    return Dataset(_from_arrays(train), None, _from_arrays(test), tuple(train.classes), flip=True)
+            return source(str(data_dir), train=True, download=True)
 
 
 def _from_arrays(dataset: Any) -> Images:
@@ -359,15 +377,15 @@ def _list_classes(folder: Path, notify: Callable[[str], None]) -> dict[str, list
     for entry in sorted(folder.iterdir()):
         if not entry.is_dir() or entry.name.startswith("."):
             continue
-        files = [path for path in sorted(entry.iterdir()) if path.is_file()]
-        by_class[entry.name] = [path for path in files if path.suffix.lower() in known]
-        ignored += [path for path in files if path.suffix.lower() not in known]
+        paths = [path for path in sorted(entry.iterdir()) if not path.name.startswith(".")]
+        by_class[entry.name] = [path for path in paths if path.is_file() and path.suffix.lower() in known]
+        ignored += sorted(set(paths) - set(by_class[entry.name]))
         if not by_class[entry.name]:
             raise ValueError(f"data_dir: {entry} has no picture in it; add some or remove the folder")
     if not by_class:
         raise ValueError(f"data_dir: {folder} has no class in it; expected a folder for each class, with pictures")
     if ignored:
-        notify(f"left out {len(ignored)} files in {folder} that are no pictures by their names, first {ignored[0]}")
+        notify(f"left out {len(ignored)} entries of {folder} that are no pictures by their names, first {ignored[0]}")
     return by_class
 
 
@@ -384,12 +402,24 @@ def _read_pictures(paths: list[Path], progress: Progress, description: str) -> U
 def _read_picture(path: Path) -> UInt8[np.ndarray, "size size 3"]:
     try:
         with Image.open(path) as picture:
-            rgb = picture.convert("RGB")
+            rgb = _to_rgb(picture)
             if rgb.size != (SIZE, SIZE):
                 rgb = rgb.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
             return np.asarray(rgb)
     except Exception as error:  # Pillow's readers raise nearly anything on a damaged file.
         raise ValueError(f"data_dir: {path} cannot be read as a picture ({error}); mend or remove it") from None
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):
+        # 16 bits a pixel, which Pillow would clip to 255 and not scale.
+        levels = np.asarray(picture, dtype=np.int64)
+        if levels.min() < 0 or levels.max() > 0xFFFF:
+            raise ValueError("its pixels have more than 16 bits")
+        return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range is unknown")
+    return picture.convert("RGB")
 
 
 def _fingerprint(paths: Iterable[Path]) -> str:

@@ -8,12 +8,14 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -21,13 +23,20 @@ _NO_DIGEST = "0" * 64
 _HEADER_LENGTH_BYTES = 8
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    *,
+    keep_old_as: Path | None = None,
+) -> None:
     """Writes a file in one stroke: after a kill or a power cut the old one or the new one is there, whole.
 
     Args:
-        path: The file; its folder must exist.
+        path: The file; its folder must exist. Of a symbolic link the target is written.
         tensors: Dense tensors by name, from any device.
         metadata: Anything that JSON can hold.
+        keep_old_as: A name, not yet taken, under which the file that stands there now is kept.
 
     Raises:
         OSError: The file cannot be written (no room, no permission); the old file stands as it was.
@@ -35,7 +44,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     dense = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=True)
     content = safetensors.torch.save(dense, {"hyperfunc": text, "sha256": _NO_DIGEST})
-    _write_atomically(Path(path), _with_digest(content, _digest(content)))
+    _write_atomically(Path(path).resolve(), _with_digest(content, _digest(content)), keep_old_as)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -46,13 +55,15 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         ValueError: It is damaged, or was not written by `write_tensors`.
     """
     content = Path(path).read_bytes()
-    if content[:2] == b"PK" or content[:1] == b"\x80":
-        raise ValueError(f"{path} is a pickle, as torch.save writes it, and not a file of hyperfunc; it is not opened")
     try:
         header_end = _header_end(content)
         header = json.loads(content[_HEADER_LENGTH_BYTES:header_end])["__metadata__"]
         found, metadata = header["sha256"], json.loads(header["hyperfunc"])
     except (KeyError, TypeError, ValueError, RecursionError):
+        if content.startswith((b"PK\x03\x04", b"\x80")):
+            raise ValueError(
+                f"{path} is a pickle, as torch.save writes it, and not a file of hyperfunc; it is not opened"
+            ) from None
         raise ValueError(f"{path} is damaged, or is not a file of hyperfunc: its header cannot be read") from None
     if not isinstance(found, str) or found != _digest(_with_digest(content, _NO_DIGEST, found)):
         raise ValueError(f"{path} is damaged: its content does not match the checksum in it")
@@ -60,6 +71,15 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         return safetensors.torch.load(content), metadata
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def lock_for(path: str | os.PathLike[str]) -> FileLock:
+    """A lock that one process of this machine at a time can hold for `path`, and that its death sets free.
+
+    It lies in the folder for temporary files and not beside `path`, where it would be left behind.
+    """
+    key = hashlib.sha256(os.path.realpath(path).encode(errors="surrogateescape")).hexdigest()[:16]
+    return FileLock(os.path.join(tempfile.gettempdir(), f"hyperfunc-{os.getuid()}-{key}.lock"))
 
 
 def _header_end(content: bytes) -> int:
@@ -77,14 +97,16 @@ def _with_digest(content: bytes, digest: str, old: str = _NO_DIGEST) -> bytes:
     return header + content[end:]
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+def _write_atomically(path: Path, content: bytes, keep_old_as: Path | None) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        if keep_old_as is not None:
+            os.link(path, keep_old_as)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -96,10 +118,3 @@ def _write_atomically(path: Path, content: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def _umask() -> int:
-    # There is no way to read it without setting it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

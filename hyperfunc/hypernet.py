@@ -78,9 +78,9 @@ def init_generator(
         ValueError: A size is not positive, or `init` is unknown.
     """
     d = z_dim if hidden_dim is None else hidden_dim
-    for name, value in (("unit", min(unit)), ("z_dim", z_dim), ("hidden_dim", d), ("window", min(window, default=1))):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, every size must be at least 1")
+    check_sizes(unit, z_dim, hidden_dim)
+    if min(window, default=1) < 1:
+        raise ValueError(f"window: got {tuple(window)}, expected extents of at least 1")
     check_init(init)
     n_out, n_in = unit
     shapes = ((n_in, d, z_dim), (n_in, d), (n_out, *window, d), (n_out, *window))
@@ -126,6 +126,15 @@ def check_init(init: str) -> None:
     """Raises a ValueError where `init` is not the name of an initialisation."""
     if init not in get_args(Init):
         raise ValueError(f"init: got {init!r}, expected one of {', '.join(get_args(Init))}")
+
+
+def check_sizes(unit: tuple[int, int], z_dim: int, hidden_dim: int | None) -> None:
+    """Raises a ValueError where a generator cannot have these sizes."""
+    if len(unit) != 2 or min(unit) < 1:
+        raise ValueError(f"unit: got {unit}, expected two positive channel counts (out, in)")
+    for name, value in (("z_dim", z_dim), ("hidden_dim", hidden_dim)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
 
 
 def _normal(generator: Generator, shape: Sequence[int]) -> Tensor:

@@ -1,9 +1,7 @@
 """Signals that ask a run to end."""
 
-import contextlib
 import os
 import signal
-from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -36,14 +34,18 @@ class Interrupts:
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Within this block a signal is noted in `received` and raises nothing."""
+    def defer(self) -> None:
+        """From now on a signal is noted in `received` and raises nothing."""
         self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
+
+    def check(self) -> None:
+        """Raises what was noted; for places in a longer piece of work that can be left.
+
+        Raises:
+            Interrupted: A signal came.
+        """
+        if self.received is not None:
+            raise Interrupted(self.received)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None:
@@ -51,6 +53,12 @@ class Interrupts:
         self.received = number
         if not self._deferred:
             raise Interrupted(number)
+
+
+def ignore() -> None:
+    """From now on signals do nothing: all is done, and Python's own end is not to be disturbed."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def exit_at_once(number: int) -> NoReturn:

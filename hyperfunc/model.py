@@ -16,6 +16,7 @@ from hyperfunc.hypernet import (
     HyperNetParams,
     Init,
     check_init,
+    check_sizes,
     generate_kernels_at_once,
     init_embeddings,
     init_generator,
@@ -51,7 +52,10 @@ class Forward(Protocol):
 
 
 class Model(NamedTuple):
-    """A network whose kernels are generated, as pure functions: no argument is ever written.
+    """A network whose kernels are generated, as pure functions: neither parameters nor statistics are ever written.
+
+    They are as pure as the primary network: one that writes into its own input, or that draws from torch's global
+    generator, as dropout does, still does so.
 
     Attributes:
         init: `init(generator) -> (params, batch_stats)`, on the generator's device.
@@ -147,7 +151,8 @@ def hyperize(
     """Any module as primary network, with generated weights for its convolutions and linear layers.
 
     The module is read, not changed. Parameters that are not generated start from the values that they have in it, and
-    so do its buffers; generated ones start at He's variance for their layer's fan-in, whatever the module holds.
+    so do its buffers; generated ones start at He's variance for their layer's fan-in, whatever the module holds. All of
+    them are in `Params`, also those with requires_grad=False: what stays fixed is for the optimizer to say.
 
     Args:
         module: The primary network.
@@ -207,8 +212,9 @@ def _make_model(
 ) -> Model:
     """Ties the pieces: `module` is on the meta device, `init_primary` makes what is not generated."""
     check_init(init)
-    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-    tiling = tile({name: shapes[name] for name in targets}, unit)
+    check_sizes(unit, z_dim, hidden_dim)
+    parameters = dict(module.named_parameters())
+    tiling = tile({name: parameters[name].shape for name in targets}, unit)
     generated = set(tiling.names)
     # The mode is fixed in one module for each, because switching it at the call would be hidden state.
     modules = {True: copy.deepcopy(module).train(), False: copy.deepcopy(module).eval()}
@@ -217,11 +223,13 @@ def _make_model(
         generators: dict[str, HyperNetParams] = {}
         embeddings: dict[str, Tensor] = {}
         for key, layers in tiling.layers.items():
-            generators[key] = init_generator(
+            drawn = init_generator(
                 generator, window=layers[0].window, unit=unit, z_dim=z_dim, hidden_dim=hidden_dim, init=init
             )
             std = torch.cat([torch.full((layer.units,), (2 / layer.fan_in) ** 0.5) for layer in layers])
-            embeddings[key] = init_embeddings(generator, generators[key], std, init=init)
+            dtype = parameters[layers[0].name].dtype
+            generators[key] = tree.to(drawn, dtype)
+            embeddings[key] = init_embeddings(generator, drawn, std, init=init).to(dtype)
         primary, batch_stats = init_primary(generator)
         primary = {name: value for name, value in primary.items() if name not in generated}
         return Params(generators, embeddings, primary), batch_stats

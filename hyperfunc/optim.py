@@ -184,7 +184,8 @@ def paper(learning_rate: float, steps: int, *, adaptive: bool = True) -> Schedul
 
 
 def cosine(learning_rate: float, steps: int, *, warmup: int = 0) -> Schedule:
-    """Rises linearly over `warmup` steps to `learning_rate`, then falls along half a cosine to zero at `steps`.
+    """Rises linearly over `warmup` steps to `learning_rate`, then falls along half a cosine to zero at `steps`,
+    where it stays.
 
     Raises:
         ValueError: The warm-up is negative or not shorter than the run, or a number is out of range.
@@ -197,7 +198,8 @@ def cosine(learning_rate: float, steps: int, *, warmup: int = 0) -> Schedule:
     def schedule(step: Tensor) -> Tensor:
         done = step.double()
         rising = (done + 1) / max(warmup, 1)
-        falling = 0.5 + 0.5 * torch.cos(math.pi * (done - warmup) / (steps - warmup))
+        share = ((done - warmup) / (steps - warmup)).clamp(max=1)
+        falling = 0.5 + 0.5 * torch.cos(math.pi * share)
         return learning_rate * torch.where(step < warmup, rising, falling)
 
     return schedule

@@ -60,10 +60,8 @@ def tile(shapes: Mapping[str, Sequence[int]], unit: tuple[int, int] = (16, 16)) 
     """Lays the grid of basic kernels over every named shape (out, in, *window).
 
     Raises:
-        ValueError: A unit is not positive, or a shape has fewer than two dimensions.
+        ValueError: A shape has fewer than two dimensions.
     """
-    if min(unit) < 1:
-        raise ValueError(f"unit: got {unit}, expected two positive channel counts (out, in)")
     layers: dict[str, list[Layer]] = {}
     for name, shape in shapes.items():
         if len(shape) < 2:

@@ -3,6 +3,7 @@
 Whatever goes wrong with Weights & Biases, training goes on: it is said once, in a line, and tracking ends.
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -20,10 +21,18 @@ class Printer:
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                # A path may hold what the terminal cannot show, and that must not end a run.
+                stream.reconfigure(errors="backslashreplace")
 
     def say(self, line: str) -> None:
-        """Prints a line of the run's report."""
-        print(line, flush=True)
+        """Prints a line of the run's report; a reader that has gone away (`| head`) does not end the run."""
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            self.warn("nobody reads the report any more; the run goes on")
 
     def warn(self, line: str) -> None:
         """Prints a line about something that went wrong."""
@@ -66,7 +75,7 @@ class WandbRun:
             import wandb
 
             artifact = wandb.Artifact(name, type="model")
-            artifact.add_file(str(path), policy="immutable")
+            artifact.add_file(str(path))
             run.log_artifact(artifact, aliases=aliases)
 
         self._guard(log_artifact)

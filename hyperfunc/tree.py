@@ -8,7 +8,7 @@ to torch and may move.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -35,10 +35,9 @@ def named_leaves(tree: Any) -> dict[str, Tensor]:
     return {"/".join(_key_name(key) for key in path): leaf for path, leaf in paths_and_leaves}
 
 
-def replace_leaves(tree: Tree, new: Mapping[str, Any] | Sequence[Any]) -> Tree:
-    """The same tree with other leaves, given by path (as `named_leaves` names them) or in the order of `leaves`."""
-    values = [new[name] for name in named_leaves(tree)] if isinstance(new, Mapping) else list(new)
-    return pytree.tree_unflatten(values, pytree.tree_structure(tree))
+def replace_leaves(tree: Tree, new: Sequence[Any]) -> Tree:
+    """The same tree with other leaves, given in the order of `leaves`."""
+    return pytree.tree_unflatten(list(new), pytree.tree_structure(tree))
 
 
 def num_params(tree: Any) -> int:

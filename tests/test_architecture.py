@@ -30,7 +30,9 @@ def imported(path: Path) -> set[str]:
     """The modules of the package that a file imports."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "hyperfunc":
+        if isinstance(node, ast.ImportFrom) and node.level:
+            found |= {"a relative import"}
+        elif isinstance(node, ast.ImportFrom) and node.module == "hyperfunc":
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hyperfunc."):
             found.add((node.module or "").split(".")[1])

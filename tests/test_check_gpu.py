@@ -29,17 +29,21 @@ def test_without_a_gpu_the_cpu_trains_a_step() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="describes a GPU that torch cannot use")
-def test_a_gpu_that_torch_cannot_use_is_a_failure_with_a_remedy(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        ("echo 'NVIDIA H100 80GB HBM3, 470.57.02'", "NVIDIA H100 80GB HBM3"),
+        ("echo 'Could not communicate with the NVIDIA driver.'; exit 9", "nvidia-smi says: Could not communicate"),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_a_failure_with_a_remedy(tmp_path: Path, script: str, found: str) -> None:
     smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 470.57.02'\n")
+    smi.write_text(f"#!/bin/sh\n{script}\n")
     smi.chmod(0o755)
     done = run(tmp_path)
     assert done.returncode == 1
-    assert "470.57.02" in done.stdout
-    assert (
-        "FAILED   1 NVIDIA GPU(s) present (NVIDIA H100 80GB HBM3, 470.57.02), but torch can use none: " in done.stdout
-    )
-    assert "CUDA" in done.stdout.split("can use none:")[1]
+    assert f"FAILED   an NVIDIA GPU is present ({found}" in done.stdout
+    assert "CUDA" in done.stdout.split("but torch can use none:")[1]
 
 
 @pytest.mark.gpu
@@ -49,5 +53,19 @@ def test_with_a_gpu_each_trains_a_step() -> None:
     assert done.stdout.count("one training step") == torch.cuda.device_count()
 
 
-def test_a_missing_program_is_no_gpu() -> None:
-    assert check_gpu.nvidia_smi("--no-such-flag") == [] or torch.cuda.is_available()
+def test_gpus_are_found_on_the_pci_bus(tmp_path: Path) -> None:
+    for name, vendor, kind in (
+        ("01:00.0", "0x10de", "0x030200"),
+        ("01:00.1", "0x10de", "0x040300"),
+        ("02", "0x8086", "0x030000"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(vendor + "\n")
+        (tmp_path / name / "class").write_text(kind + "\n")
+    assert check_gpu.on_pci_bus(tmp_path) == "PCI 01:00.0"
+    assert check_gpu.on_pci_bus(tmp_path / "nothing") == ""
+
+
+def test_without_the_program_there_is_no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert check_gpu.find_gpus()[1] == ""

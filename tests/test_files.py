@@ -3,13 +3,16 @@ import pickle
 import random
 import resource
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
-from hyperfunc.files import read_tensors, write_tensors
+from hyperfunc.files import lock_for, read_tensors, write_tensors
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).view(3, 4),
@@ -30,6 +33,46 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         assert torch.equal(tensor, TENSORS[name])
         assert tensor.dtype == TENSORS[name].dtype
     assert [p.name for p in tmp_path.iterdir()] == ["file.pth"]
+
+
+def test_every_length_of_the_header_can_be_read(tmp_path: Path) -> None:
+    """The first byte of a file is the low byte of its header's length, and may look like that of a pickle."""
+    first_bytes = set()
+    for length in range(0, 300, 8):
+        write_tensors(tmp_path / "f", TENSORS, {"text": "x" * length})
+        first_bytes.add((tmp_path / "f").read_bytes()[0])
+        assert read_tensors(tmp_path / "f")[1] == {"text": "x" * length}
+    assert 0x80 in first_bytes
+
+
+def test_the_old_file_is_kept_under_another_name(tmp_path: Path) -> None:
+    path, aside = tmp_path / "file", tmp_path / "aside"
+    write_tensors(path, {}, {"run": 1})
+    write_tensors(path, {}, {"run": 2}, keep_old_as=aside)
+    assert [read_tensors(p)[1] for p in (path, aside)] == [{"run": 2}, {"run": 1}]
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder/real")
+    write_tensors(tmp_path / "link", {}, {"a": 1})
+    assert (tmp_path / "link").is_symlink()
+    assert read_tensors(tmp_path / "folder/real")[1] == {"a": 1}
+
+
+def test_one_process_at_a_time_holds_the_lock_of_a_path(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom filelock import Timeout\nfrom hyperfunc.files import lock_for\n"
+        "try:\n    lock_for(sys.argv[1]).acquire(timeout=0)\nexcept Timeout:\n    print('held')\n"
+    )
+
+    def try_lock() -> str:
+        command = [sys.executable, "-c", program, str(tmp_path / "x")]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    with lock_for(tmp_path / "folder/../x"):
+        assert try_lock() == "held\n"
+    assert try_lock() == ""
 
 
 def test_views_of_one_vector_are_written_whole(tmp_path: Path) -> None:

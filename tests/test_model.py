@@ -209,6 +209,20 @@ def test_hyperize_leaves_the_module_alone_and_keeps_its_other_weights(generator:
     )
 
 
+def test_hyperize_follows_the_dtype_of_the_module(generator: Generator) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(64, 2)).double()
+    model = hf.hyperize(module, z_dim=8)
+    params, batch_stats = model.init(generator)
+    logits, _ = model.apply(params, batch_stats, torch.randn(2, 3, 6, 6, dtype=torch.float64), train=True)
+    assert logits.dtype == torch.float64
+
+
+@pytest.mark.parametrize("sizes", [{"z_dim": 0}, {"hidden_dim": -1}])
+def test_bad_sizes_are_found_when_the_model_is_made(sizes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(sizes))}: got {next(iter(sizes.values()))}, expected at least 1"):
+        hf.hyper_resnet(10, **sizes)
+
+
 def test_hyperize_keeps_tied_weights_tied(generator: Generator) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

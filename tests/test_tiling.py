@@ -50,5 +50,3 @@ def test_bad_input() -> None:
         ValueError, match=r"bias: a generated tensor needs the shape \(out, in, \*window\), got \(16,\)"
     ):
         tile({"bias": (16,)})
-    with pytest.raises(ValueError, match=r"unit: got \(0, 16\)"):
-        tile({"w": (16, 16)}, unit=(0, 16))

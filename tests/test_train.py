@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_trees_equal, interrupt_train, make_folder, run_train
+from helpers import assert_trees_equal, interrupt_train, make_folder, run_train, train_command
 
 import hyperfunc as hf
 import train
 from hyperfunc import checkpoint, data, optim, training, tree
+from hyperfunc.files import lock_for
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,9 @@ def test_help_groups_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         (["--epoch", "3"], "unknown argument --epoch; did you mean --epochs?"),
         (["--lr"], "argument --lr: expected one argument"),
         (["stray"], "unknown argument stray; see --help"),
+        (["--checkpoint-path", "x" * 300], "--checkpoint-path: [Errno 36] File name too long"),
+        (["--checkpoint-path", "/dev/null"], "--checkpoint-path: got '/dev/null', expected the path of a file"),
+        (["two\nlines"], "unknown argument two lines; see --help"),
         (["--checkpoint-path", "/"], "--checkpoint-path: got '/', expected the path of a file"),
         (["--checkpoint-path", "nothing.pth", "--resume"], "--resume: there is no checkpoint at nothing.pth"),
     ],
@@ -279,12 +283,15 @@ def test_a_checkpoint_of_another_run_is_refused(folder: Path, tmp_path: Path) ->
         run_train(*flags, "--resume", "--depth", "16", "--lr", "0.1", cwd=tmp_path),
         "--resume: run.pth holds another run: --depth is 16, was 10; --lr is 0.1, was 0.002",
     )
-    other = make_folder(tmp_path / "other", classes=("cat", "horse"))
-    assert_refused(
-        run_train(*flags, "--resume", "--data-dir", str(other), cwd=tmp_path),
-        "the checkpoint was trained on the classes cat, dog ..., the data now has cat, horse ...",
-    )
+    for classes, message in (
+        (("cat", "horse"), "the checkpoint was trained on the classes cat, dog ..., the data now has cat, horse ..."),
+        (("cat", "dog"), "the pictures or their labels are not those that run.pth was trained on"),
+    ):
+        other = make_folder(tmp_path / "-".join(classes), classes=classes)
+        assert_refused(run_train(*flags, "--resume", "--data-dir", str(other), cwd=tmp_path), message)
     assert (tmp_path / "run.pth").read_bytes() == before
+    checkpoint.save(tmp_path / "run.pth", {"state": {}}, {})
+    assert_refused(run_train(*flags, "--resume", cwd=tmp_path), "run.pth was not written by this version of train.py")
     (tmp_path / "run.pth").write_bytes(before[:-1])
     assert_refused(run_train(*flags, "--resume", cwd=tmp_path), "run.pth is damaged")
     torch.save({"net": {}, "acc": 90.0}, tmp_path / "run.pth")
@@ -302,7 +309,7 @@ def test_bad_data_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
         (["--train-size", "1"], "of the 2 classes 1 have no picture left among the 1 training pictures"),
         (["--val-size", "90"], "val_size: got 90, expected at least 0 and less than the 90"),
     ):
-        assert_refused(run_train(*small(folder, *flags, "--checkpoint-path", "run.pth"), cwd=tmp_path), message)
+        assert_refused(run_train(*small(folder, *flags, "--checkpoint-path", "new/run.pth"), cwd=tmp_path), message)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
 
 
@@ -325,8 +332,25 @@ def test_no_network_for_the_download(tmp_path: Path) -> None:
 
 def test_an_unwritable_place_is_found_out_before_training(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    done = run_train(*small(folder, "--checkpoint-path", "file/run.pth"), cwd=tmp_path)
-    assert_refused(done, "--checkpoint-path: nothing can be written to file")
+    for path in ("file/run.pth", "x" * 250):
+        done = run_train(*small(folder, "--checkpoint-path", path), cwd=tmp_path)
+        assert_refused(done, f"--checkpoint-path: nothing can be written at {path}")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_second_run_on_the_same_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
+    flags = small(folder, "--checkpoint-path", "run.pth", "--epochs", "1")
+    with lock_for(tmp_path / "run.pth"):
+        assert_refused(run_train(*flags, cwd=tmp_path), "--checkpoint-path: another run is writing to run.pth")
+    assert run_train(*flags, cwd=tmp_path).returncode == 0
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(folder: Path, tmp_path: Path) -> None:
+    command = " ".join(train_command(*small(folder, "--checkpoint-path", "run.pth", "--epochs", "2")))
+    done = subprocess.run(f"{command} | head -1", shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.count("\n") == 1
+    assert "nobody reads the report any more; the run goes on" in done.stderr
+    assert checkpoint.load(tmp_path / "run.pth").notes["progress"]["epoch"] == 2
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint_and_ends_with_1(folder: Path, tmp_path: Path) -> None:
@@ -349,7 +373,31 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(folder:
     done = run_train(*flags, "--epochs", "1", cwd=tmp_path)
     assert_refused(done, "the loss is nan at epoch 1, batch ", code=1)
     assert "is not finite; nothing was saved; begin again with an --lr below 1e+20" in done.stderr
-    assert not (tmp_path / "run.pth").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_that_is_not_finite_is_never_saved(folder: Path, tmp_path: Path) -> None:
+    # In one step: its loss belongs to the parameters before it, and is finite.
+    flags = small(folder, "--checkpoint-path", "run.pth", "--optimizer", "sgd", "--epochs", "1", "--train-size", "8")
+    assert run_train(*flags, cwd=tmp_path).returncode == 0
+    before = (tmp_path / "run.pth").read_bytes()
+    done = run_train(*flags, "--lr", "1e30", cwd=tmp_path)
+    assert_refused(done, "epoch 1, batch 1; ", code=1)
+    assert "nothing was saved" in done.stderr
+    assert (tmp_path / "run.pth").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run.pth"]
+
+
+def test_a_signal_during_the_evaluation_is_obeyed_and_lost_nothing(folder: Path, tmp_path: Path) -> None:
+    flags = small(folder, "--epochs", "1", "--eval-batch-size", "1")
+    whole = run_train(*flags, "--checkpoint-path", "whole.pth", cwd=tmp_path)
+    assert whole.returncode == 0
+    flags += ["--checkpoint-path", "parts.pth"]
+    code, output, _ = interrupt_train(*flags, cwd=tmp_path, after="epoch 1/1  batch 12/12")
+    assert code == 128 + signal.SIGINT
+    assert "stopped by SIGINT at epoch" in output
+    assert run_train(*flags, "--resume", cwd=tmp_path).returncode == 0
+    assert_trees_equal(state_of(tmp_path / "whole.pth"), state_of(tmp_path / "parts.pth"))
 
 
 def test_loss_and_accuracy_are_means() -> None:
