@@ -9,7 +9,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import hyperfunc as hf
 from benchmarks.cases import ENGINES, Engine, make_step, skip_reason
 from benchmarks.conftest import device_name
-from benchmarks.measure import Ceilings, compare, gate, median_seconds, seconds, work_per_image
+from benchmarks.measure import ROUNDS, Ceilings, Ratio, compare, gate, median_seconds, seconds, work_per_image
 from hyperfunc import data
 
 ON_GPU = torch.cuda.is_available()
@@ -22,7 +22,7 @@ GATES: dict[str, dict[tuple[Engine, int, int], float]] = {
         ("compiled-graph", 1, 128): 25,
         ("compiled-graph", 2, 128): 45,
     },
-    "CPU": {("compiled", 1, 128): 1.7, ("compiled", 1, 8): 3},
+    "CPU": {("compiled", 1, 128): 1.4, ("compiled", 1, 8): 2.3},
 }
 """By a part of the device's name: (engine, width, batch size) -> times faster than the looped baseline, at least."""
 
@@ -72,11 +72,16 @@ def test_step(
         return
 
     looped = make_step("looped", 40, width, batch_size, device)
-    ratio = compare(call, looped, repeat=repeat if ON_GPU else 1)
+    case = (engine, width, batch_size)
+    bounds = [gates[case] for named, gates in GATES.items() if named in device_name() and case in gates]
+
+    def race() -> Ratio:
+        return compare(call, looped, repeat=repeat, rounds=ROUNDS if bounds else 5)
+
+    ratio = race()
     info["times_faster_than_looped"] = round(ratio.speedup, 2)
-    for named, gates in GATES.items():
-        if named in device_name() and (engine, width, batch_size) in gates:
-            gate(ratio, gates[engine, width, batch_size], lambda: compare(call, looped, repeat=repeat if ON_GPU else 1))
+    for bound in bounds:
+        gate(ratio, bound, race)
     for named, floors in IMAGES_PER_SECOND.items():
-        if named in device_name() and (engine, width, batch_size) in floors:
-            assert info["images_per_second"] >= floors[engine, width, batch_size]
+        if named in device_name() and case in floors:
+            assert info["images_per_second"] >= floors[case]

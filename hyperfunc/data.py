@@ -137,7 +137,7 @@ def digest(dataset: Dataset) -> str:
     total = hashlib.sha256(repr(dataset.classes).encode())
     for images in (dataset.train, dataset.val, dataset.test):
         for column in images or ():
-            total.update(memoryview(column.cpu().contiguous().numpy()))
+            total.update(column.cpu().contiguous().numpy().data)
     return total.hexdigest()
 
 

@@ -90,7 +90,8 @@ def assemble(layers: Sequence[Layer], units: Float[Tensor, "units out in *window
 
 def _assemble_run(layer: Layer, count: int, units: Tensor) -> tuple[Tensor, ...]:
     """The kernels of `count` layers that are all shaped like `layer`."""
-    # Input channels last in memory: exactly channels_last for a two-dimensional window, and one copy in any case.
+    # Input channels last in memory: exactly channels_last for a two-dimensional window, and one copy in any case, also
+    # where a layer is a single tile and a view would do.
     whole = rearrange(
         units,
         "(layer tile_out tile_in) cout cin ... -> layer (tile_out cout) ... (tile_in cin)",
@@ -98,5 +99,5 @@ def _assemble_run(layer: Layer, count: int, units: Tensor) -> tuple[Tensor, ...]
         tile_out=layer.grid[0],
         tile_in=layer.grid[1],
     )
-    whole = whole.movedim(-1, 2)[:, : layer.shape[0], : layer.shape[1]]
+    whole = whole.contiguous().movedim(-1, 2)[:, : layer.shape[0], : layer.shape[1]]
     return whole.unbind(0)

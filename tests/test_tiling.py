@@ -36,9 +36,9 @@ def test_overhang_is_cropped() -> None:
 
 
 def test_two_dimensional_windows_come_out_channels_last() -> None:
-    tiling = tile({"w": (32, 32, 3, 3)})
-    whole = assemble(tiling.layers["3x3"], torch.randn(4, 16, 16, 3, 3))["w"]
-    assert whole.is_contiguous(memory_format=torch.channels_last)
+    tiling = tile({"w": (32, 32, 3, 3), "one": (16, 16, 3, 3)})
+    for kernel in assemble(tiling.layers["3x3"], torch.randn(3, 3, 5, 16, 16).permute(2, 3, 4, 0, 1)).values():
+        assert kernel.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_keys() -> None:
