@@ -4,6 +4,7 @@ import re
 import resource
 import signal
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,32 @@ import hyperfunc as hf
 import train
 from hyperfunc import checkpoint, data, optim, training, tree
 from hyperfunc.files import lock_for
+from hyperfunc.interrupt import SIGNALS
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures enough for 11 batches of 8 and a rest of 2, an epoch."""
     return make_folder(tmp_path_factory.mktemp("pictures"), train=45, test=10)
+
+
+RunHere = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[RunHere]:
+    """`helpers.run_train` without a process of its own, which takes seconds to import torch."""
+    monkeypatch.chdir(tmp_path)
+    handlers = [(number, signal.getsignal(number)) for number in SIGNALS]
+
+    def run(*flags: str) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        code = train.main(train_command(*flags)[2:])
+        return subprocess.CompletedProcess(flags, code, *capsys.readouterr())
+
+    yield run
+    for number, handler in handlers:
+        signal.signal(number, handler)
 
 
 def small(folder: Path, *flags: str) -> list[str]:
@@ -136,9 +157,11 @@ def test_a_run_prints_and_saves_what_it_should(folder: Path, tmp_path: Path) -> 
     assert [row["epoch"] for row in loaded.notes["progress"]["history"]] == [1, 2]
 
 
-def test_the_best_model_in_the_checkpoint_has_the_accuracy_that_was_printed(folder: Path, tmp_path: Path) -> None:
+def test_the_best_model_in_the_checkpoint_has_the_accuracy_that_was_printed(
+    folder: Path, tmp_path: Path, run_here: RunHere
+) -> None:
     flags = small(folder, "--epochs", "2", "--val-size", "20", "--checkpoint-path", "run.pth", "--lr", "0.01")
-    done = run_train(*flags, cwd=tmp_path)
+    done = run_here(*flags)
     assert done.returncode == 0, done.stderr
     assert "20 held out" in done.stdout
     assert "best model   chosen by accuracy on the held-out pictures" in done.stdout
@@ -170,23 +193,25 @@ def test_training_is_what_the_library_does_step_by_step(folder: Path, tmp_path: 
     assert_trees_equal(saved, {f"state/{path}": leaf for path, leaf in tree.named_leaves(state).items()})
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_does_not(folder: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(
+    folder: Path, tmp_path: Path, run_here: RunHere
+) -> None:
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
-        done = run_train(*small(folder, "--epochs", "1", "--seed", seed, "--checkpoint-path", name), cwd=tmp_path)
+        done = run_here(*small(folder, "--epochs", "1", "--seed", seed, "--checkpoint-path", name))
         assert done.returncode == 0, done.stderr
     a, b, c = (state_of(tmp_path / name) for name in "abc")
     assert_trees_equal(a, b)
     assert not torch.equal(a["state/opt_state/m"], c["state/opt_state/m"])
 
 
-def test_every_kind_of_run_starts(folder: Path, tmp_path: Path) -> None:
+def test_every_kind_of_run_starts(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
     variants = [
         ["--model", "plain", "--optimizer", "sgd", "--lr", "0.1", "--schedule", "paper", "--decay", "generated"],
         ["--init", "clipped-normal", "--optimizer", "adamw", "--schedule", "cosine", "--width", "2", "--block", "pre"],
         ["--schedule", "constant", "--shortcut", "conv", "--z-dim", "16", "--hidden-dim", "8", "--train-size", "50"],
     ]
     for variant in variants:
-        done = run_train(*small(folder, "--epochs", "1", "--checkpoint-path", "run.pth", *variant), cwd=tmp_path)
+        done = run_here(*small(folder, "--epochs", "1", "--checkpoint-path", "run.pth", *variant))
         assert done.returncode == 0, done.stderr
     # Each run begins anew and keeps what the one before it saved.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.pth", "run.pth.1", "run.pth.2"]
@@ -205,8 +230,8 @@ def test_a_compiled_run_trains_the_same_network(folder: Path, tmp_path: Path) ->
     assert compiled["train/loss"] == pytest.approx(eager["train/loss"], rel=0.05)
 
 
-def test_a_graph_needs_a_gpu(folder: Path, tmp_path: Path) -> None:
-    done = run_train(*small(folder, "--engine", "graph"), cwd=tmp_path)
+def test_a_graph_needs_a_gpu(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    done = run_here(*small(folder, "--engine", "graph"))
     assert_refused(done, "--engine: got graph, which needs a GPU; on the CPU there is eager and compiled")
 
 
@@ -275,12 +300,12 @@ def assert_refused(done: subprocess.CompletedProcess[str], message: str, code: i
     assert len(lines) == 1, lines
 
 
-def test_a_checkpoint_of_another_run_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
     flags = small(folder, "--epochs", "1", "--checkpoint-path", "run.pth")
-    assert run_train(*flags, cwd=tmp_path).returncode == 0
+    assert run_here(*flags).returncode == 0
     before = (tmp_path / "run.pth").read_bytes()
     assert_refused(
-        run_train(*flags, "--resume", "--depth", "16", "--lr", "0.1", cwd=tmp_path),
+        run_here(*flags, "--resume", "--depth", "16", "--lr", "0.1"),
         "--resume: run.pth holds another run: --depth is 16, was 10; --lr is 0.1, was 0.002",
     )
     for classes, message in (
@@ -288,17 +313,17 @@ def test_a_checkpoint_of_another_run_is_refused(folder: Path, tmp_path: Path) ->
         (("cat", "dog"), "the pictures or their labels are not those that run.pth was trained on"),
     ):
         other = make_folder(tmp_path / "-".join(classes), classes=classes)
-        assert_refused(run_train(*flags, "--resume", "--data-dir", str(other), cwd=tmp_path), message)
+        assert_refused(run_here(*flags, "--resume", "--data-dir", str(other)), message)
     assert (tmp_path / "run.pth").read_bytes() == before
     checkpoint.save(tmp_path / "run.pth", {"state": {}}, {})
-    assert_refused(run_train(*flags, "--resume", cwd=tmp_path), "run.pth was not written by this version of train.py")
+    assert_refused(run_here(*flags, "--resume"), "run.pth was not written by this version of train.py")
     (tmp_path / "run.pth").write_bytes(before[:-1])
-    assert_refused(run_train(*flags, "--resume", cwd=tmp_path), "run.pth is damaged")
+    assert_refused(run_here(*flags, "--resume"), "run.pth is damaged")
     torch.save({"net": {}, "acc": 90.0}, tmp_path / "run.pth")
-    assert_refused(run_train(*flags, "--resume", cwd=tmp_path), "run.pth is a pickle")
+    assert_refused(run_here(*flags, "--resume"), "run.pth is a pickle")
 
 
-def test_bad_data_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
+def test_bad_data_is_refused_in_one_line(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
     broken = make_folder(tmp_path / "broken")
     picture = broken / "train/cat/0003.png"
     picture.write_bytes(picture.read_bytes()[:60])
@@ -309,13 +334,13 @@ def test_bad_data_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
         (["--train-size", "1"], "of the 2 classes 1 have no picture left among the 1 training pictures"),
         (["--val-size", "90"], "val_size: got 90, expected at least 0 and less than the 90"),
     ):
-        assert_refused(run_train(*small(folder, *flags, "--checkpoint-path", "new/run.pth"), cwd=tmp_path), message)
+        assert_refused(run_here(*small(folder, *flags, "--checkpoint-path", "new/run.pth")), message)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_a_missing_gpu_is_named(folder: Path, tmp_path: Path) -> None:
-    done = run_train(*small(folder, "--device", "cuda"), cwd=tmp_path)
+def test_a_missing_gpu_is_named(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    done = run_here(*small(folder, "--device", "cuda"))
     assert_refused(done, "--device: got cuda, but torch sees no CUDA device")
 
 
@@ -330,19 +355,19 @@ def test_no_network_for_the_download(tmp_path: Path) -> None:
     assert "--data-dir" in failed
 
 
-def test_an_unwritable_place_is_found_out_before_training(folder: Path, tmp_path: Path) -> None:
+def test_an_unwritable_place_is_found_out_before_training(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
     (tmp_path / "file").write_text("")
     for path in ("file/run.pth", "x" * 250):
-        done = run_train(*small(folder, "--checkpoint-path", path), cwd=tmp_path)
+        done = run_here(*small(folder, "--checkpoint-path", path))
         assert_refused(done, f"--checkpoint-path: nothing can be written at {path}")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_second_run_on_the_same_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_second_run_on_the_same_checkpoint_is_refused(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
     flags = small(folder, "--checkpoint-path", "run.pth", "--epochs", "1")
     with lock_for(tmp_path / "run.pth"):
-        assert_refused(run_train(*flags, cwd=tmp_path), "--checkpoint-path: another run is writing to run.pth")
-    assert run_train(*flags, cwd=tmp_path).returncode == 0
+        assert_refused(run_here(*flags), "--checkpoint-path: another run is writing to run.pth")
+    assert run_here(*flags).returncode == 0
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(folder: Path, tmp_path: Path) -> None:
@@ -368,20 +393,22 @@ def test_a_full_disk_keeps_the_earlier_checkpoint_and_ends_with_1(folder: Path, 
     assert [path.name for path in tmp_path.iterdir()] == ["run.pth"]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(folder: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
+    folder: Path, tmp_path: Path, run_here: RunHere
+) -> None:
     flags = small(folder, "--checkpoint-path", "run.pth", "--lr", "1e20", "--optimizer", "sgd")
-    done = run_train(*flags, "--epochs", "1", cwd=tmp_path)
+    done = run_here(*flags, "--epochs", "1")
     assert_refused(done, "the loss is nan at epoch 1, batch ", code=1)
     assert "is not finite; nothing was saved; begin again with an --lr below 1e+20" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_state_that_is_not_finite_is_never_saved(folder: Path, tmp_path: Path) -> None:
+def test_a_state_that_is_not_finite_is_never_saved(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
     # In one step: its loss belongs to the parameters before it, and is finite.
     flags = small(folder, "--checkpoint-path", "run.pth", "--optimizer", "sgd", "--epochs", "1", "--train-size", "8")
-    assert run_train(*flags, cwd=tmp_path).returncode == 0
+    assert run_here(*flags).returncode == 0
     before = (tmp_path / "run.pth").read_bytes()
-    done = run_train(*flags, "--lr", "1e30", cwd=tmp_path)
+    done = run_here(*flags, "--lr", "1e30")
     assert_refused(done, "epoch 1, batch 1; ", code=1)
     assert "nothing was saved" in done.stderr
     assert (tmp_path / "run.pth").read_bytes() == before
