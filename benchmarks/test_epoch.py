@@ -68,6 +68,7 @@ def make_baseline(device: torch.device) -> Callable[[], float]:
 @pytest.mark.benchmark(group=f"an epoch of 40-1 over {TRAIN} pictures, with evaluation over {TEST}")
 @pytest.mark.parametrize("kind", ["hyperfunc", "baseline"])
 def test_epoch(benchmark: BenchmarkFixture, device: torch.device, kind: str) -> None:
+    benchmark.extra_info["case"] = kind
     run = (make_ours if kind == "hyperfunc" else make_baseline)(device)
     benchmark.pedantic(run, rounds=3, iterations=1, warmup_rounds=1)
     if not benchmark.disabled:

@@ -13,6 +13,8 @@ FLAGS = ["--no-wandb", "--dataset", "synthetic", "--train-size", "1024", "--epoc
 
 @pytest.mark.benchmark(group="from the start of train.py to the first trained step")
 def test_startup(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
+    benchmark.extra_info["case"] = "train.py"
+
     def run() -> None:
         command = [sys.executable, str(TRAIN), *FLAGS, "--engine", "eager"]
         with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:

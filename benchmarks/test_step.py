@@ -59,7 +59,7 @@ def test_step(
     if benchmark.disabled:
         return
     step_seconds = median_seconds(benchmark) / repeat
-    info |= {"width": width, "batch_size": batch_size, "engine": engine, "steps_per_round": repeat}
+    info |= {"case": engine, "width": width, "batch_size": batch_size, "steps_per_round": repeat}
     info["images_per_second"] = round(batch_size / step_seconds)
     info["first_step_seconds"] = round(first, 2)
     if ON_GPU:
@@ -79,7 +79,7 @@ def test_step(
         return compare(call, looped, repeat=repeat, rounds=ROUNDS if bounds else 5)
 
     ratio = race()
-    info["times_faster_than_looped"] = round(ratio.speedup, 2)
+    info["times_faster"] = round(ratio.speedup, 2)
     for bound in bounds:
         gate(ratio, bound, race)
     for named, floors in IMAGES_PER_SECOND.items():
