@@ -54,9 +54,12 @@ def clone(tree: Tree) -> Tree:
     """A copy that shares no memory with the original.
 
     Its leaves are views of one vector for each dtype and device: copying costs an operation for each of those, and
-    not one a leaf.
+    not one a leaf. Under `torch.vmap` each is copied by itself, because a view of a mapped vector is not contiguous, and
+    what a batch norm writes into such running statistics is lost without a word.
     """
     values = leaves(tree)
+    if torch.compiler.is_compiling() or any(_is_functorch_wrapped(leaf) for leaf in values):
+        return map(torch.clone, tree)
     kinds = [(leaf.dtype, leaf.device) for leaf in values]
     copies: dict[int, Tensor] = {}
     for kind in dict.fromkeys(kinds):
@@ -89,6 +92,10 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
         return pytree.tree_unflatten([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], structure)
 
     return torch.cat([leaf.reshape(-1) for leaf in values]), unravel
+
+
+def _is_functorch_wrapped(leaf: Tensor) -> bool:
+    return torch._C._functorch.is_functorch_wrapped_tensor(leaf)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _key_name(key: Any) -> str:

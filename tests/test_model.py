@@ -148,6 +148,19 @@ def test_apply_is_forward_of_weights(generator: Generator) -> None:
     )
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_apply_maps_over_parameters_and_their_statistics(generator: Generator, train: bool) -> None:
+    model = hf.hyper_resnet(10, z_dim=8)
+    members = [in_float64(model, generator) for _ in range(2)]
+    images, _ = batch(generator)
+    stacked = tree.map(lambda *leaves: torch.stack(leaves), *members)
+    mapped = torch.vmap(lambda params, batch_stats: model.apply(params, batch_stats, images, train=train))(*stacked)
+    for index, (params, batch_stats) in enumerate(members):
+        alone = tree.leaves(model.apply(params, batch_stats, images, train=train))
+        for ours, theirs in zip(tree.leaves(mapped), alone, strict=True):
+            torch.testing.assert_close(ours[index], theirs, rtol=oracle.EXACT, atol=oracle.EXACT)
+
+
 @pytest.mark.parametrize("damage", ["missing", "unknown"])
 def test_wrong_names_are_errors(generator: Generator, damage: str) -> None:
     model = hf.resnet(10)
