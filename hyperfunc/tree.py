@@ -54,8 +54,8 @@ def clone(tree: Tree) -> Tree:
     """A copy that shares no memory with the original.
 
     Its leaves are views of one vector for each dtype and device: copying costs an operation for each of those, and
-    not one a leaf. Under `torch.vmap` each is copied by itself, because a view of a mapped vector is not contiguous, and
-    what a batch norm writes into such running statistics is lost without a word.
+    not one a leaf. Under `torch.vmap` each is copied by itself, because a view of a mapped vector is not contiguous,
+    and what a batch norm writes into such running statistics is lost without a word.
     """
     values = leaves(tree)
     if torch.compiler.is_compiling() or any(_is_functorch_wrapped(leaf) for leaf in values):
