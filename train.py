@@ -5,6 +5,7 @@ Everything that a run does is wired here, top to bottom; what it is made of is i
 
 import os
 import signal
+import stat
 import sys
 
 if __name__ == "__main__":
@@ -33,7 +34,7 @@ from filelock import Timeout
 
 import hyperfunc as hf
 from hyperfunc import capture, checkpoint, data, optim, training, tree
-from hyperfunc.files import lock_for
+from hyperfunc.files import lock_for, sweep
 from hyperfunc.hypernet import Init
 from hyperfunc.interrupt import Interrupted, Interrupts, ignore
 from hyperfunc.residual import Block, Shortcut, check_depth
@@ -160,7 +161,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of every flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default not in (None, "", False) else action.help
+        has_default = action.default not in (None, "") and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
@@ -211,7 +213,9 @@ def check_config(config: Config) -> None:
     check_depth(config.depth)
     path = Path(config.checkpoint_path)
     try:
-        is_something_else = path.exists() and not path.is_file()
+        is_something_else = not stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_something_else = False
     except OSError as error:
         raise ValueError(f"--checkpoint-path: {error}") from None
     if not config.checkpoint_path or is_something_else:
@@ -313,6 +317,7 @@ def locked(path: str) -> Iterator[None]:
             f"--checkpoint-path: another run is writing to {path}; wait for its end, or name another file"
         ) from None
     try:
+        sweep(path)
         yield
     finally:
         lock.release()
@@ -390,7 +395,8 @@ def set_up(config: Config, printer: Printer) -> Run:
         planned = previous.notes["config"]["epochs"]
         if planned != config.epochs:
             printer.say(f"schedule     laid over {config.epochs} epochs now, and not over {planned} as so far")
-    run.step = start_engine(run, printer)
+    if run.progress.epoch < config.epochs:
+        run.step = start_engine(run, printer)
     return run
 
 
@@ -413,6 +419,8 @@ def start_engine(run: Run, printer: Printer) -> training.Step:
         try:
             # The step is pure: what this computes is thrown away, and the state is as it was.
             step(run.state, batch)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             if config.engine != "auto":
                 raise OSError(f"--engine {engine}: torch cannot compile here: {_one_line(error)[:200]}") from None
@@ -607,8 +615,8 @@ def save(run: Run, printer: Printer) -> None:
         "data": run.data_digest,
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = unused_path(path) if path.exists() and not run.owns_path else None
+        path.resolve().parent.mkdir(parents=True, exist_ok=True)
+        aside = unused_path(path.resolve()) if path.exists() and not run.owns_path else None
         checkpoint.save(path, trees, notes, keep_old_as=aside)
         run.saved = run.owns_path = True
         if aside is not None:

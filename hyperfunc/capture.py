@@ -62,24 +62,29 @@ def capture(step: Step, state: Any, batch: Any) -> Step:
     """
     if not any(leaf.is_cuda for leaf in tree.leaves((state, batch))):
         return step
-    own_state = tree.clone(state)
+    # Leaf by leaf: Inductor copies every input that does not begin at a multiple of 16 bytes, and views of one vector
+    # would not.
+    own_state = tree.map(torch.clone, state)
+    device = next(leaf.device for leaf in tree.leaves((state, batch)) if leaf.is_cuda)
     pool = torch.cuda.graph_pool_handle()
     graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Any, Any]] = {}
 
     def add_graph(batch: Any) -> tuple[torch.cuda.CUDAGraph, Any, Any]:
-        own_batch = tree.clone(batch)
-        random_state = torch.cuda.get_rng_state()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP_STEPS):
-                step(own_state, own_batch)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.set_rng_state(random_state)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            new_state, metrics = step(own_state, own_batch)
-            _copy(own_state, new_state)
+        own_batch = tree.map(torch.clone, batch)
+        with torch.cuda.device(device):
+            random_state = torch.cuda.get_rng_state()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP_STEPS):
+                    step(own_state, own_batch)
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.set_rng_state(random_state)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                # What still is the old state must be read before the new one is written over it.
+                new_state, metrics = _apart(step(own_state, own_batch), own_state)
+                _copy(own_state, new_state)
         return graph, own_batch, metrics
 
     def captured(new_state: Any, batch: Any) -> tuple[Any, Any]:
@@ -95,7 +100,7 @@ def capture(step: Step, state: Any, batch: Any) -> Step:
         graph.replay()
         return own_state, tree.clone(metrics)
 
-    example = tree.clone(batch)
+    example = tree.map(torch.clone, batch)
     graphs[_signature(batch)] = add_graph(batch)
     return captured
 
@@ -104,8 +109,18 @@ def _signature(value: Any) -> tuple[Any, ...]:
     return tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in tree.leaves(value))
 
 
+def _apart(value: Any, other: Any) -> Any:
+    """`value` with copies of those leaves that share memory with a leaf of `other`."""
+    taken = {leaf.untyped_storage().data_ptr() for leaf in tree.leaves(other)}
+    return tree.map(lambda leaf: leaf.clone() if leaf.untyped_storage().data_ptr() in taken else leaf, value)
+
+
 def _copy(into: Any, values: Any) -> None:
-    torch.ops.aten._foreach_copy_(tree.leaves(into), tree.leaves(values))
+    """Overwrites leaf by leaf; one operation a dtype, because a list of several is copied one by one."""
+    pairs = list(zip(tree.leaves(into), tree.leaves(values), strict=True))
+    for dtype in dict.fromkeys(leaf.dtype for leaf, _ in pairs):
+        ours, theirs = zip(*(pair for pair in pairs if pair[0].dtype == dtype), strict=True)
+        torch.ops.aten._foreach_copy_(list(ours), list(theirs))
 
 
 def _check_like(name: str, found: Any, expected: Any, *, but_length: bool = False) -> None:

@@ -38,6 +38,9 @@ def main() -> int:
         try:
             print(f"{device!s:9}{describe(device)}")
             loss = train_one_step(device)
+        except torch.OutOfMemoryError:
+            print(f"FAILED   no training step on {device}: its memory is full; end what else runs on it (nvidia-smi)")
+            failed = True
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             print(f"FAILED   no training step on {device}: {reason}: {remedy()}")
@@ -95,7 +98,7 @@ def find_gpus() -> tuple[str, str]:
     except (OSError, subprocess.SubprocessError):
         return on_pci_bus(), ""
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    if done.returncode == 0 and lines:
+    if done.returncode == 0 and lines and all("," in line for line in lines):
         names, versions = zip(*(line.rsplit(",", 1) for line in lines), strict=True)
         return ", ".join(names), ", ".join(sorted({version.strip() for version in versions}))
     if any("No devices were found" in line for line in lines):

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -239,7 +240,13 @@ def _split(dataset: Dataset, val_size: int, train_size: int, seed: int) -> Datas
 
 
 def _cifar(name: str, data_dir: Path, notify: Callable[[str], None]) -> Dataset:
-    from torchvision import datasets
+    try:
+        from torchvision import datasets
+    except (ImportError, RuntimeError) as error:
+        # So ends a torchvision that was built for another torch.
+        raise ValueError(
+            f"dataset: torchvision cannot be imported ({error}); install torch and torchvision together, from one index"
+        ) from None
 
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
@@ -291,7 +298,7 @@ def _download(
                     download_url(source.url, folder, source.filename, source.tgz_md5)
                     os.replace(Path(folder) / source.filename, archive)
                 return
-            except (OSError, RuntimeError) as caught:
+            except (OSError, RuntimeError, HTTPException) as caught:
                 error = caught
     finally:
         socket.setdefaulttimeout(previous)

@@ -5,10 +5,12 @@ other byte of the file, so that damage anywhere is noticed; safetensors by itsel
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,10 +75,21 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def lock_for(path: str | os.PathLike[str]) -> FileLock:
-    """A lock that one process of this machine at a time can hold for `path`, and that its death sets free.
+def sweep(path: str | os.PathLike[str]) -> None:
+    """Removes what processes that were killed in the middle of writing `path` left beside it.
 
-    It lies in the folder for temporary files and not beside `path`, where it would be left behind.
+    Only for who holds the lock for `path`: another's write in progress looks just the same.
+    """
+    path = Path(path).resolve()
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def lock_for(path: str | os.PathLike[str]) -> FileLock:
+    """A lock that one process of a user on a machine at a time can hold for `path`, and that its death sets free.
+
+    It lies in the folder for temporary files and not beside `path`, where it would be left behind; processes with
+    different such folders (TMPDIR) do not see each other.
     """
     key = hashlib.sha256(os.path.realpath(path).encode(errors="surrogateescape")).hexdigest()[:16]
     return FileLock(os.path.join(tempfile.gettempdir(), f"hyperfunc-{os.getuid()}-{key}.lock"))
@@ -106,15 +119,25 @@ def _write_atomically(path: Path, content: bytes, keep_old_as: Path | None) -> N
             file.flush()
             os.fsync(file.fileno())
         if keep_old_as is not None:
-            os.link(path, keep_old_as)
+            _keep(path, keep_old_as)
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        for leftover in (temporary, keep_old_as):
+            if leftover is not None:
+                leftover.unlink(missing_ok=True)
         raise
-    # Without this the rename itself may be lost in a power cut.
-    folder = os.open(path.parent, os.O_RDONLY)
+    # Without this the rename itself may be lost in a power cut. Some file systems cannot do it, and the file is there.
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _keep(path: Path, under: Path) -> None:
+    """Gives a file a second name; where the file system has no such thing, a copy."""
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        os.link(path, under)
+    except OSError:
+        shutil.copyfile(path, under)

@@ -27,16 +27,19 @@ class Printer:
                 stream.reconfigure(errors="backslashreplace")
 
     def say(self, line: str) -> None:
-        """Prints a line of the run's report; a reader that has gone away (`| head`) does not end the run."""
+        """Prints a line of the run's report. A reader that has gone away, as in `| head`, does not end the run."""
         try:
             print(line, flush=True)
-        except BrokenPipeError:
+        except OSError:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
             self.warn("nobody reads the report any more; the run goes on")
 
     def warn(self, line: str) -> None:
-        """Prints a line about something that went wrong."""
-        print(line, file=sys.stderr, flush=True)
+        """Prints a line about something that went wrong; here, too, nobody need be reading."""
+        try:
+            print(line, file=sys.stderr, flush=True)
+        except OSError:
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
     def track(self, items: Iterable[Any], description: str, total: int) -> Iterable[Any]:
         """Passes `items` through and shows how far they are: a bar on a terminal, else a line before and after."""

@@ -19,7 +19,7 @@ from hyperfunc.optim import Optimizer
 Decay = Literal["parameters", "generated"]
 
 Load = Callable[[Any], tuple[Tensor, Tensor]]
-"""Makes the model's input and the labels out of a batch, on the device: `data.make_load` for example."""
+"""Makes the model's input and the labels out of a batch, on the device: `data.make_train_load` for example."""
 
 
 class TrainState(NamedTuple):

@@ -69,6 +69,16 @@ def test_compiled_equals_eager() -> None:
     assert_trees_equal(before, tree.named_leaves((p.state, p.batches[0])))
 
 
+def test_copying_over_a_state_reads_what_it_overwrites_first() -> None:
+    own = {"now": torch.tensor([1.0, 2.0]), "before": torch.tensor([0.0, 0.0]), "step": torch.tensor(3)}
+    swapped, metrics = {"now": own["now"] * 10, "before": own["now"], "step": own["step"] + 1}, own["step"]
+    swapped, metrics = capture._apart((swapped, metrics), own)
+    capture._copy(own, swapped)
+    assert own["now"].tolist() == [10, 20]
+    assert own["before"].tolist() == [1, 2]
+    assert (own["step"], metrics) == (4, 3)
+
+
 @pytest.mark.gpu
 def test_captured_equals_eager() -> None:
     p = problem("cuda")
@@ -108,11 +118,12 @@ def test_capture_names_what_changed() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype, it says
 def test_a_step_does_not_wait_for_the_device() -> None:
     p = problem("cuda")
     p.step(p.state, p.batches[0])
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         p.step(p.state, p.batches[0])
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -402,6 +402,18 @@ def test_a_wrong_download_is_refused(tmp_path: Path, small_cifar: tuple[Path, Te
     assert not (tmp_path / "data" / archive.name).exists()
 
 
+def test_an_answer_that_is_cut_off_is_a_failed_download(
+    tmp_path: Path, small_cifar: tuple[Path, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(handler: QuietHandler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nonly this")
+
+    monkeypatch.setattr(QuietHandler, "do_GET", cut_off)
+    with pytest.raises(ConnectionError, match="in 2 tries .*IncompleteRead"):
+        data._download(torchvision.datasets.CIFAR10, tmp_path, lambda _: None, tries=2)
+    assert not (tmp_path / torchvision.datasets.CIFAR10.filename).exists()
+
+
 def test_a_silent_server_is_not_waited_for_without_end(
     tmp_path: Path, small_cifar: tuple[Path, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

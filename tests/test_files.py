@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from hyperfunc.files import lock_for, read_tensors, write_tensors
+from hyperfunc.files import lock_for, read_tensors, sweep, write_tensors
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).view(3, 4),
@@ -50,6 +50,34 @@ def test_the_old_file_is_kept_under_another_name(tmp_path: Path) -> None:
     write_tensors(path, {}, {"run": 1})
     write_tensors(path, {}, {"run": 2}, keep_old_as=aside)
     assert [read_tensors(p)[1] for p in (path, aside)] == [{"run": 2}, {"run": 1}]
+
+
+def test_the_old_file_is_kept_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    test_the_old_file_is_kept_under_another_name(tmp_path)
+
+
+def test_a_failed_write_leaves_no_second_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_tensors(path, {}, {"run": 1})
+
+    def refuse(*_: object) -> None:
+        raise OSError("not now")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="not now"):
+        write_tensors(path, {}, {"run": 2}, keep_old_as=tmp_path / "aside")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
+    for name in (".file.pth.abcd.tmp", "file.pth", ".other.abcd.tmp"):
+        (tmp_path / name).write_text("")
+    sweep(tmp_path / "file.pth")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.abcd.tmp", "file.pth"]
 
 
 def test_a_link_is_written_through(tmp_path: Path) -> None:

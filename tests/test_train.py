@@ -77,7 +77,10 @@ def test_help_groups_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for group in ("run", "network", "data", "optimization", "checkpoint", "tracking"):
         assert f"\n{group}:\n" in text
-    assert "30, 60 and 80 % of" in re.sub(r"\s+", " ", text)
+    text = re.sub(r"\s+", " ", text)
+    assert "30, 60 and 80 % of" in text
+    assert "of the initial parameters, the order and the augmentation (default: 0)" in text
+    assert "(default: )" not in text
 
 
 @pytest.mark.parametrize(
@@ -371,11 +374,22 @@ def test_a_second_run_on_the_same_checkpoint_is_refused(folder: Path, tmp_path: 
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(folder: Path, tmp_path: Path) -> None:
-    command = " ".join(train_command(*small(folder, "--checkpoint-path", "run.pth", "--epochs", "2")))
-    done = subprocess.run(f"{command} | head -1", shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout.count("\n") == 1
-    assert "nobody reads the report any more; the run goes on" in done.stderr
-    assert checkpoint.load(tmp_path / "run.pth").notes["progress"]["epoch"] == 2
+    for name, pipe in (("a.pth", "| head -1"), ("b.pth", "2>&1 | head -1")):
+        command = " ".join(train_command(*small(folder, "--checkpoint-path", name, "--epochs", "2")))
+        done = subprocess.run(
+            f"{command} {pipe}", shell=True, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.stdout.count("\n") == 1
+        told = "nobody reads the report any more; the run goes on" in done.stderr
+        assert told == ("2>" not in pipe)
+        assert checkpoint.load(tmp_path / name).notes["progress"]["epoch"] == 2
+
+
+def test_a_link_into_a_folder_that_is_not_there_yet(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    (tmp_path / "run.pth").symlink_to(tmp_path / "later/real.pth")
+    for _ in range(2):
+        assert run_here(*small(folder, "--checkpoint-path", "run.pth", "--epochs", "1")).returncode == 0
+    assert sorted(path.name for path in (tmp_path / "later").iterdir()) == ["real.pth", "real.pth.1"]
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint_and_ends_with_1(folder: Path, tmp_path: Path) -> None:
