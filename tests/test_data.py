@@ -1,3 +1,4 @@
+import contextlib
 import http.server
 import os
 import pickle
@@ -7,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -296,19 +298,48 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 # CIFAR, from an archive that is laid out as the real one
 
 
-def make_archive(path: Path, generator: Generator) -> tuple[Path, Tensor]:
-    """A small archive with CIFAR-10's layout, and the training pixels in it."""
-    folder = path / "cifar-10-batches-py"
+class Layout(NamedTuple):
+    """How one of the two data sets lies in its archive."""
+
+    name: str
+    source: Any
+    train: tuple[str, ...]
+    test: str
+    meta: str
+    labels: str
+    label_names: str
+    classes: int
+
+
+CIFAR10 = Layout(
+    "cifar10",
+    torchvision.datasets.CIFAR10,
+    tuple(f"data_batch_{i}" for i in range(1, 6)),
+    "test_batch",
+    "batches.meta",
+    "labels",
+    "label_names",
+    10,
+)
+CIFAR100 = Layout(
+    "cifar100", torchvision.datasets.CIFAR100, ("train",), "test", "meta", "fine_labels", "fine_label_names", 100
+)
+
+
+def make_archive(path: Path, layout: Layout, generator: Generator) -> tuple[Path, Tensor]:
+    """A small archive laid out as the real one, with a picture a class in each file, and the training pixels in it."""
+    folder = path / layout.source.base_folder
     folder.mkdir(parents=True)
     train = []
-    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
-        pixels = some_pixels(generator, 10)
-        if name != "test_batch":
+    for name in (*layout.train, layout.test):
+        pixels = some_pixels(generator, layout.classes)
+        if name != layout.test:
             train.append(pixels)
-        rows = pixels.permute(0, 3, 1, 2).reshape(10, -1).numpy()
-        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": list(range(10))}))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
-    archive = path / "cifar-10-python.tar.gz"
+        rows = pixels.permute(0, 3, 1, 2).reshape(layout.classes, -1).numpy()
+        (folder / name).write_bytes(pickle.dumps({"data": rows, layout.labels: list(range(layout.classes))}))
+    names = [f"class {i}" for i in range(layout.classes)]
+    (folder / layout.meta).write_bytes(pickle.dumps({layout.label_names: names}))
+    archive = path / layout.source.filename
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, arcname=folder.name)
     return archive, torch.cat(train)
@@ -324,47 +355,62 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def small_cifar(tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Tensor]]:
-    """A small archive on a server of this machine, and its pixels.
+@contextlib.contextmanager
+def serve(
+    layout: Layout, path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Path, Tensor]]:
+    """Puts a small archive on a server of this machine; gives it and its pixels.
 
-    torchvision's CIFAR10 is told to expect its address and checksums; its own code is what runs.
+    torchvision's data set is told to expect its address and checksums; its own code is what runs.
     """
     from torchvision.datasets.utils import calculate_md5
 
-    archive, pixels = make_archive(tmp_path / "source", generator)
-    source = torchvision.datasets.CIFAR10
+    archive, pixels = make_archive(path, layout, generator)
+    source = layout.source
     folder = archive.parent / source.base_folder
     for name in ("train_list", "test_list"):
         listed = [[file, calculate_md5(str(folder / file))] for file, _ in getattr(source, name)]
         monkeypatch.setattr(source, name, listed)
-    meta = {**source.meta, "md5": calculate_md5(str(folder / source.meta["filename"]))}
-    monkeypatch.setattr(source, "meta", meta)
+    monkeypatch.setattr(source, "meta", {**source.meta, "md5": calculate_md5(str(folder / source.meta["filename"]))})
     monkeypatch.setattr(source, "tgz_md5", calculate_md5(str(archive)))
     server = QuietServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(archive.parent)))
     monkeypatch.setattr(source, "url", f"http://127.0.0.1:{server.server_port}/{archive.name}")
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield archive, pixels
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    try:
+        yield archive, pixels
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
-def test_cifar10_is_downloaded_once_and_read(
-    tmp_path: Path, small_cifar: tuple[Path, Tensor], capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def small_cifar(tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Tensor]]:
+    """A small CIFAR-10 on a server, and its pixels."""
+    with serve(CIFAR10, tmp_path / "source", generator, monkeypatch) as served:
+        yield served
+
+
+@pytest.mark.parametrize("layout", [CIFAR10, CIFAR100], ids=lambda layout: layout.name)
+def test_cifar_is_downloaded_once_and_read(
+    tmp_path: Path,
+    generator: Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    layout: Layout,
 ) -> None:
-    archive, pixels = small_cifar
     told: list[str] = []
     target = tmp_path / "data"
-    dataset = load_dataset("cifar10", target, notify=told.append)
+    load = partial(unchecked(load_dataset), layout.name, target, notify=told.append)
+    with serve(layout, tmp_path / "source", generator, monkeypatch) as (_, pixels):
+        dataset = load()
     assert len(told) == 1
     assert told[0].startswith("downloading http:")
     assert torch.equal(dataset.train.pixels, pixels)
-    assert dataset.train.labels.tolist() == list(range(10)) * 5
-    assert len(dataset.test.labels) == 10
-    archive.unlink()
-    again = load_dataset("cifar10", target, notify=told.append)
+    assert dataset.train.labels.tolist() == list(range(layout.classes)) * len(layout.train)
+    assert len(dataset.test.labels) == len(dataset.classes) == layout.classes
+    again = load()
     assert len(told) == 1
     assert capsys.readouterr().err == ""
     assert torch.equal(again.test.pixels, dataset.test.pixels)
