@@ -237,7 +237,8 @@ def _make_model(
     def kernels(params: Params) -> dict[str, Tensor]:
         whole: dict[str, Tensor] = {}
         for key, layers in tiling.layers.items():
-            whole |= assemble(layers, generate_kernels_at_once(params.generator[key], params.embeddings[key]))
+            units = generate_kernels_at_once(params.generator[key], params.embeddings[key])
+            whole.update(assemble(layers, units))
         return whole
 
     def weights(params: Params) -> dict[str, Tensor]:

@@ -7,9 +7,9 @@ unit, the last tiles reach over the edge and are cropped.
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import NamedTuple
 
+import einops.layers.torch  # noqa: F401  # tells torch.compile of einops, which before torch 2.8 it cannot trace
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -79,13 +79,24 @@ def assemble(layers: Sequence[Layer], units: Float[Tensor, "units out in *window
     and not for each layer or unit; the layers of a run are views of one tensor. Kernels with a two-dimensional window
     come out in channels_last memory order, the one that the fast convolutions want.
     """
-    runs = [list(run) for _, run in groupby(layers, key=lambda layer: layer.shape)]
+    runs = _runs(layers)
     parts = torch.split(units, [sum(layer.units for layer in run) for run in runs])
     kernels: dict[str, Tensor] = {}
     for run, part in zip(runs, parts, strict=True):
         for layer, kernel in zip(run, _assemble_run(run[0], len(run), part), strict=True):
             kernels[layer.name] = kernel
     return kernels
+
+
+def _runs(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Consecutive layers of one shape; itertools.groupby is nothing that torch.compile can trace in torch 2.7."""
+    runs: list[list[Layer]] = []
+    for layer in layers:
+        if runs and runs[-1][0].shape == layer.shape:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return runs
 
 
 def _assemble_run(layer: Layer, count: int, units: Tensor) -> tuple[Tensor, ...]:
@@ -99,5 +110,7 @@ def _assemble_run(layer: Layer, count: int, units: Tensor) -> tuple[Tensor, ...]
         tile_out=layer.grid[0],
         tile_in=layer.grid[1],
     )
-    whole = whole.contiguous().movedim(-1, 2)[:, : layer.shape[0], : layer.shape[1]]
+    whole = whole.contiguous().movedim(-1, 2)
+    if whole.shape[1:3] != layer.shape[:2]:
+        whole = whole[:, : layer.shape[0], : layer.shape[1]]
     return whole.unbind(0)
