@@ -352,8 +352,6 @@ def set_up(config: Config, printer: Printer) -> Run:
     )
 
     model = build_model(config, len(dataset.classes))
-    selection = "the held-out pictures" if dataset.val else "the test set itself, for want of --val-size"
-
     normalization, digest = data.measure(dataset.train), data.digest(dataset)
     dataset = dataset._replace(
         train=tree.to(dataset.train, device),
@@ -372,6 +370,7 @@ def set_up(config: Config, printer: Printer) -> Run:
     # Drawn on the CPU, so that a seed means the same network on every device.
     state = tree.to(training.init_state(model, optimizer, data.seeded_generator("init", config.seed)), device)
     printer.say(f"model        {describe_model(config, model, state.params)}")
+    selection = "the held-out pictures" if dataset.val else "the test set itself, for want of --val-size"
     printer.say(f"best model   chosen by accuracy on {selection}")
     run = Run(
         config=config,
@@ -412,25 +411,25 @@ def start_engine(run: Run, printer: Printer) -> training.Step:
         engine = "compiled" if steps >= COMPILE_FROM_STEPS else "eager"
     draw = data.draw_epoch(config.seed, 0, count, flip=run.dataset.flip)
     batch = tree.to(next(data.batches(draw, config.batch_size)), run.device)
-    step = run.step
-    if engine.startswith("compiled"):
-        started = time.perf_counter()
-        step = capture.compile_step(step, batch)
-        try:
+    step, started = run.step, time.perf_counter()
+    try:
+        if engine.startswith("compiled"):
+            printer.say(f"engine       {engine}: compiling, which takes a minute or more the first time")
+            step = capture.compile_step(step, batch)
             # The step is pure: what this computes is thrown away, and the state is as it was.
             step(run.state, batch)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            if config.engine != "auto":
-                raise OSError(f"--engine {engine}: torch cannot compile here: {_one_line(error)[:200]}") from None
-            printer.warn(f"torch cannot compile here, going on without: {_one_line(error)[:200]}")
-            engine, step = "eager", run.step
-        else:
-            engine = f"{engine}, compiled in {time.perf_counter() - started:.1f} s"
-    if "graph" in engine:
-        step = capture.capture(step, run.state, batch)
-    printer.say(f"engine       {engine}")
+        if "graph" in engine:
+            step = capture.capture(step, run.state, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = _one_line(error)[:200]
+        if config.engine != "auto":
+            raise OSError(f"--engine: {engine} does not work here, eager does without: {reason}") from None
+        printer.warn(f"the engine {engine} does not work here, going on with eager: {reason}")
+        engine, step = "eager", run.step
+    seconds = time.perf_counter() - started
+    printer.say(f"engine       {engine}" + (f", ready after {seconds:.1f} s" if engine != "eager" else ""))
     return step
 
 

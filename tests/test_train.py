@@ -233,6 +233,23 @@ def test_a_compiled_run_trains_the_same_network(folder: Path, tmp_path: Path) ->
     assert compiled["train/loss"] == pytest.approx(eager["train/loss"], rel=0.05)
 
 
+@pytest.mark.parametrize(("engine", "code"), [("auto", 0), ("compiled", 1)])
+def test_where_a_step_cannot_be_compiled(
+    folder: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch, engine: str, code: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no C++ compiler\nis here")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    monkeypatch.setattr(train, "COMPILE_FROM_STEPS", 1)
+    done = run_here(*small(folder, "--epochs", "1", "--checkpoint-path", "run.pth", "--engine", engine))
+    message = "the engine compiled does not work here, going on with eager: no C++ compiler is here"
+    if code:
+        message = "--engine: compiled does not work here, eager does without: no C++ compiler is here"
+    assert_refused(done, message, code=code)
+    assert Path("run.pth").exists() == (code == 0)
+
+
 def test_a_graph_needs_a_gpu(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
     done = run_here(*small(folder, "--engine", "graph"))
     assert_refused(done, "--engine: got graph, which needs a GPU; on the CPU there is eager and compiled")
