@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hyperfunc import tree
 
@@ -128,13 +127,10 @@ def _check_like(name: str, found: Any, expected: Any, *, but_length: bool = Fals
     differences = [f"{path} is missing" for path in ours if path not in theirs]
     differences += [f"{path} is new" for path in theirs if path not in ours]
     for path in (path for path in ours if path in theirs):
-        was, now = (_describe(tree_leaves[path], but_length) for tree_leaves in (ours, theirs))
+        was, now = (
+            f"{tree.describe(side[path], any_length=but_length)} on {side[path].device}" for side in (ours, theirs)
+        )
         if was != now:
             differences.append(f"{path} is {now}, was {was}")
     if differences:
         raise ValueError(f"{name}: not what was captured: {'; '.join(differences)}; capture the step anew for it")
-
-
-def _describe(leaf: Tensor, but_length: bool) -> str:
-    shape = ["n", *leaf.shape[1:]] if but_length and leaf.dim() else list(leaf.shape)
-    return f"{str(leaf.dtype).removeprefix('torch.')}[{', '.join(str(extent) for extent in shape)}] on {leaf.device}"

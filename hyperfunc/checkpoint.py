@@ -66,11 +66,7 @@ def restore(checkpoint: Checkpoint, name: str, like: Any) -> Any:
     for path in expected.keys() & found.keys():
         ours, theirs = expected[path], found[path]
         if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
-            differences.append(f"{path} is {_describe(theirs)}, expected {_describe(ours)}")
+            differences.append(f"{path} is {tree.describe(theirs)}, expected {tree.describe(ours)}")
     if differences:
         raise ValueError(f"the checkpoint holds another network: {'; '.join(sorted(differences))}")
     return tree.replace_leaves(like, [found[path].to(leaf.device) for path, leaf in expected.items()])
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

@@ -94,6 +94,12 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     return torch.cat([leaf.reshape(-1) for leaf in values]), unravel
 
 
+def describe(leaf: Tensor, *, any_length: bool = False) -> str:
+    """Dtype and shape as in `float32[16, 3]`, or, where the first extent does not count, `float32[n, 3]`."""
+    shape = ["n", *leaf.shape[1:]] if any_length and leaf.dim() else leaf.shape
+    return f"{str(leaf.dtype).removeprefix('torch.')}[{', '.join(str(extent) for extent in shape)}]"
+
+
 def _is_functorch_wrapped(leaf: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(leaf)  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -79,6 +79,18 @@ def test_copying_over_a_state_reads_what_it_overwrites_first() -> None:
     assert (own["step"], metrics) == (4, 3)
 
 
+def test_what_differs_from_the_captured_is_named() -> None:
+    expected = {"a": torch.zeros(3, 2), "b": torch.zeros(1)}
+    capture._check_like("batch", {"a": torch.zeros(5, 2), "b": torch.zeros(4)}, expected, but_length=True)
+    found = {"a": torch.zeros(3, 4), "c": torch.zeros(1)}
+    message = (
+        r"batch: not what was captured: b is missing; c is new; "
+        r"a is float32\[n, 4\] on cpu, was float32\[n, 2\] on cpu; capture the step anew"
+    )
+    with pytest.raises(ValueError, match=message):
+        capture._check_like("batch", found, expected, but_length=True)
+
+
 @pytest.mark.gpu
 def test_captured_equals_eager() -> None:
     p = problem("cuda")

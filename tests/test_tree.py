@@ -50,6 +50,12 @@ def test_clone_shares_no_memory() -> None:
         assert ours.data_ptr() != theirs.data_ptr()
 
 
+def test_describe_names_dtype_and_shape() -> None:
+    assert [tree.describe(leaf) for leaf in tree.leaves(a_tree())] == ["float32[2, 3]", "float32[]", "float32[2, 2]"]
+    lengths = [tree.describe(leaf, any_length=True) for leaf in tree.leaves(a_tree())]
+    assert lengths == ["float32[n, 3]", "float32[]", "float32[n, 2]"]
+
+
 def test_to_converts_and_num_params_counts() -> None:
     assert {leaf.dtype for leaf in tree.leaves(tree.to(a_tree(), torch.float64))} == {torch.float64}
     assert tree.num_params(a_tree()) == 11
