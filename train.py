@@ -11,52 +11,66 @@ import sys
 if __name__ == "__main__":
     # Importing torch takes seconds, and Ctrl-C must not end in a traceback there either.
     def _exit_before_start(number: int, _frame: object) -> None:
-        sys.stderr.write("stopped before anything was read or written\n")
+        os.write(2, b"stopped before anything was read or written\n")
         os._exit(128 + number)
 
-    signal.signal(signal.SIGINT, _exit_before_start)
-    signal.signal(signal.SIGTERM, _exit_before_start)
+    for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(_number, _exit_before_start)
 
-import argparse
 import contextlib
 import dataclasses
-import difflib
 import math
+import re
+import secrets
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NamedTuple
 
 import torch
 from filelock import Timeout
 
 import hyperfunc as hf
-from hyperfunc import capture, checkpoint, data, optim, training, tree
-from hyperfunc.files import lock_for, sweep
+from hyperfunc import capture, checkpoint, data, journal, optim, tracking, training, tree
+from hyperfunc.console import Printer, TrainingBars
+from hyperfunc.curves import Painter
+from hyperfunc.environment import describe_device, environment
+from hyperfunc.files import beside, free_number, lock_for, numbered, sweep
+from hyperfunc.flags import EXIT_BAD_INPUT, option, parse, shaping
 from hyperfunc.hypernet import Init
 from hyperfunc.interrupt import Interrupted, Interrupts, ignore
+from hyperfunc.report import Reporter, handed_over
 from hyperfunc.residual import Block, Shortcut, check_depth
-from hyperfunc.tracking import Printer, WandbRun, start_wandb
 from hyperfunc.training import Decay, Metrics, TrainState
 
 EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
 
 COMPILE_FROM_STEPS = 5000
 """Length of a run from which compiling on the CPU, which takes about a minute, is sure to pay."""
 
+DEFAULT_PROJECT = "hypernetworks-gpu"
 
-def option(
-    default: Any, group: str, text: str, *, at_least: float = -math.inf, at_most: float = math.inf, shapes: bool = False
-) -> Any:
-    """A field of `Config`: its default, its group and text in the help, its range.
 
-    `shapes` marks what shapes the result of a run, and therefore may not change when the run is resumed.
+class Every(NamedTuple):
+    """How often something is done: every so many epochs, batches or seconds."""
+
+    number: int
+    unit: Literal["epochs", "batches", "seconds"]
+
+
+def parse_every(text: str) -> Every:
+    """2, 500s or 100b as what they mean.
+
+    Raises:
+        ValueError: It is none of these.
     """
-    metadata = {"group": group, "text": text, "at_least": at_least, "at_most": at_most, "shapes": shapes}
-    return field(default=default, metadata=metadata)
+    match = re.fullmatch(r"0*([1-9][0-9]{0,8})([sb]?)", text)
+    if match is None:
+        raise ValueError(f"got {text!r}, expected epochs (2), seconds (500s) or batches (100b), at least 1")
+    units: dict[str, Literal["epochs", "batches", "seconds"]] = {"": "epochs", "b": "batches", "s": "seconds"}
+    return Every(int(match[1]), units[match[2]])
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,7 @@ class Config:
         "how a step runs; auto is compiled-graph on a GPU; on the CPU it is compiled for runs long enough to earn that",
     )
     report_every: int = option(50, "run", "batches from one line of loss and accuracy to the next", at_least=1)
+    quiet: bool = option(False, "run", "say nothing but what goes wrong")
 
     model: Literal["hyper", "plain"] = option(
         "hyper",
@@ -142,74 +157,40 @@ class Config:
     )
 
     checkpoint_path: str = option("./hypernetworks_cifar_gpu.pth", "checkpoint", "the one file that holds the run")
+    checkpoint_every: str = option(
+        "1",
+        "checkpoint",
+        "from one save to the next: N epochs, Ns seconds or Nb batches; the end and a signal save as well",
+        metavar="N|Ns|Nb",
+        check=parse_every,
+    )
     resume: bool = option(False, "checkpoint", "go on where the checkpoint stopped")
 
     no_wandb: bool = option(False, "tracking", "do without Weights & Biases")
-    wandb_project: str = option("hypernetworks-gpu", "tracking", "project on Weights & Biases")
+    wandb_mode: tracking.Mode = option(
+        "auto",
+        "tracking",
+        "auto is what WANDB_MODE says, else online where there is a key and offline where there is none",
+    )
+    wandb_project: str = option(DEFAULT_PROJECT, "tracking", "project on Weights & Biases")
     wandb_name: str = option("", "tracking", "name of the run (default: hypernetworks_b{batch_size}_lr{lr}_e{epochs})")
     wandb_entity: str = option("", "tracking", "user or team on Weights & Biases; empty means the account's default")
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {' '.join(message.split())}\n")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of every flag that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default not in (None, "") and action.default is not False
-        return super()._get_help_string(action) if has_default else action.help
+    histogram_every: int = option(
+        20,
+        "tracking",
+        "reports from one set of histograms of parameters, kernels and gradients to the next; 0 means none",
+        at_least=0,
+    )
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
     """Reads the command line; what is wrong with it ends the program with exit code 2 and one line."""
-    parser = Parser(
-        prog="train.py",
-        description=(__doc__ or "").splitlines()[0],
-        allow_abbrev=False,
-        formatter_class=HelpFormatter,
-    )
-    groups: dict[str, Any] = {}
-    for item in dataclasses.fields(Config):
-        group = groups.setdefault(item.metadata["group"], parser.add_argument_group(item.metadata["group"]))
-        names = [f"--{item.name.replace('_', '-')}"] + (["-r"] if item.name == "resume" else [])
-        text = item.metadata["text"]
-        if item.type is bool:
-            group.add_argument(*names, action="store_true", help=text)
-        elif get_origin(item.type) is Literal:
-            group.add_argument(*names, choices=get_args(item.type), default=item.default, help=text)
-        else:
-            group.add_argument(*names, type=item.type, default=item.default, metavar=_metavar(item.type), help=text)
-    arguments = [_with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    namespace, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        flags = [name for action in parser._actions for name in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-    config = Config(**vars(namespace))
-    try:
-        check_config(config)
-    except ValueError as error:
-        parser.error(str(error))
-    return config
+    description = (__doc__ or "").splitlines()[0]
+    return parse(Config, argv, prog="train.py", description=description, check=check_config, short={"resume": "-r"})
 
 
 def check_config(config: Config) -> None:
-    """Raises a ValueError that names the flag, its value and its range."""
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        low, high = item.metadata["at_least"], item.metadata["at_most"]
-        if item.type is int:
-            high = min(high, 2**62)
-        if item.type in (int, float) and not low <= value <= high:
-            bounds = [f"at least {low:g}"] * math.isfinite(low) + [f"at most {high:g}"] * math.isfinite(high)
-            raise ValueError(f"--{item.name.replace('_', '-')}: got {value}, expected {' and '.join(bounds)}")
-        if isinstance(value, str) and "\0" in value:
-            raise ValueError(f"--{item.name.replace('_', '-')}: got {value!r}, which has a null character")
+    """Raises a ValueError for what the range of a single flag cannot say."""
     check_depth(config.depth)
     path = Path(config.checkpoint_path)
     try:
@@ -218,9 +199,9 @@ def check_config(config: Config) -> None:
         is_something_else = False
     except OSError as error:
         raise ValueError(f"--checkpoint-path: {error}") from None
-    if not config.checkpoint_path or is_something_else:
+    if not path.name or is_something_else:
         raise ValueError(f"--checkpoint-path: got {config.checkpoint_path!r}, expected the path of a file")
-    if config.resume and not Path(config.checkpoint_path).is_file():
+    if config.resume and not path.is_file():
         raise ValueError(
             f"--resume: there is no checkpoint at {config.checkpoint_path}; name it with --checkpoint-path, "
             "or leave --resume away to begin anew"
@@ -231,6 +212,7 @@ def check_config(config: Config) -> None:
 class Progress:
     """How far a run is: what a checkpoint notes beside the tensors."""
 
+    run: str
     epoch: int = 0
     batch: int = 0
     seconds: float = 0.0
@@ -249,57 +231,73 @@ class Run:
     dataset: data.Dataset
     model: hf.Model
     step: training.Step
+    gradients: Callable[[TrainState, data.Draw], hf.Params]
     learning_rate: optim.Schedule
     data_digest: str
     normalization: data.Normalization
+    environment: dict[str, Any]
     state: TrainState
     best: tuple[hf.Params, hf.BatchStats]
-    epoch_totals: Metrics
     progress: Progress
+    epoch_totals: Metrics
+    """Of the batches of this epoch that have been read."""
+    report_totals: Metrics
+    """Of those among them that no line has shown yet."""
+    unread: list[Metrics] = field(default_factory=list)
+    """Of the batches after those; reading them means waiting for the device."""
     saved: bool = True
     """Whether the last attempt to save succeeded."""
+    saved_at: float = field(default_factory=lambda: time.monotonic())
+    """When it was."""
     owns_path: bool = False
     """Whether the file at the checkpoint's path is this run's, and not an earlier one's."""
+    aside: Path | None = None
+    """Under what name an earlier run's file at that path is kept."""
+
+    @property
+    def batch_count(self) -> int:
+        """Batches an epoch."""
+        return math.ceil(len(self.dataset.train.labels) / self.config.batch_size)
+
+    @property
+    def steps_done(self) -> int:
+        """Batches so far; equal to `state.step`, which would have to be read from the device."""
+        return self.progress.epoch * self.batch_count + self.progress.batch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
-    interrupts = Interrupts()
-    interrupts.install()
     printer = Printer()
     config: Config | None = None
-    try:
-        config = parse_args(argv)
-        with locked(config.checkpoint_path):
-            run = set_up(config, printer)
-            wandb_run = None if config.no_wandb else start_tracking(run, printer)
-            interrupts.defer()
-            code = EXIT_FAILED
-            try:
-                code = train(run, interrupts, printer, wandb_run)
-            finally:
-                if wandb_run is not None:
-                    finish_tracking(run, wandb_run, code)
-            return code
-    except Interrupted as interrupt:
-        path = config.checkpoint_path if config else ""
-        there = f"; the checkpoint {path} is as it was" if path and Path(path).exists() else "; nothing was saved yet"
-        printer.warn(f"stopped by {interrupt} before training began{there}")
-        return 128 + interrupt.number
-    except ValueError as error:
-        printer.warn(f"train.py: {_one_line(error)}")
-        return EXIT_BAD_INPUT
-    except torch.OutOfMemoryError as error:
-        printer.warn(f"train.py: the device is out of memory, try a smaller --batch-size: {_one_line(error)}")
-        return EXIT_FAILED
-    except (OSError, FloatingPointError) as error:
-        printer.warn(f"train.py: {_one_line(error)}")
-        return EXIT_FAILED
-    except (RuntimeError, MemoryError) as error:
-        if os.environ.get("HYPERFUNC_TRACEBACK"):
-            raise
-        printer.warn(f"train.py: {type(error).__name__}: {_one_line(error)} (HYPERFUNC_TRACEBACK=1 shows where)")
-        return EXIT_FAILED
+    with Interrupts(lambda number: farewell(number, config)) as interrupts:
+        try:
+            config = parse_args(argv)
+            printer.quiet = config.quiet
+            with locked(config.checkpoint_path):
+                run = set_up(config, printer)
+                interrupts.defer()
+                return carry_out(run, interrupts, printer)
+        except ValueError as error:
+            printer.warn(f"train.py: {_one_line(error)}")
+            return EXIT_BAD_INPUT
+        except torch.OutOfMemoryError as error:
+            printer.warn(f"train.py: the device is out of memory, try a smaller --batch-size: {_one_line(error)}")
+            return EXIT_FAILED
+        except (OSError, FloatingPointError) as error:
+            printer.warn(f"train.py: {_one_line(error)}")
+            return EXIT_FAILED
+        except (RuntimeError, MemoryError) as error:
+            if os.environ.get("HYPERFUNC_TRACEBACK"):
+                raise
+            printer.warn(f"train.py: {type(error).__name__}: {_one_line(error)} (HYPERFUNC_TRACEBACK=1 shows where)")
+            return EXIT_FAILED
+
+
+def farewell(number: int, config: Config | None) -> str:
+    """The line that a run leaves with when a signal comes before there is anything to save."""
+    path = config.checkpoint_path if config is not None else ""
+    there = f"the checkpoint {path} is as it was" if path and Path(path).exists() else "nothing was saved yet"
+    return f"stopped by {signal.Signals(number).name} before training began; {there}"
 
 
 @contextlib.contextmanager
@@ -360,13 +358,11 @@ def set_up(config: Config, printer: Printer) -> Run:
     )
     normalization = tree.to(normalization, device)
     optimizer = build_optimizer(config, math.ceil(count / config.batch_size))
-    step = training.make_train_step(
-        model,
-        optimizer,
-        load=data.make_train_load(dataset.train, normalization),
-        decay=config.decay,
-        weight_decay=config.weight_decay if config.decay == "generated" else 0.0,
-    )
+    objective: dict[str, Any] = {
+        "load": data.make_train_load(dataset.train, normalization),
+        "decay": config.decay,
+        "weight_decay": config.weight_decay if config.decay == "generated" else 0.0,
+    }
     # Drawn on the CPU, so that a seed means the same network on every device.
     state = tree.to(training.init_state(model, optimizer, data.seeded_generator("init", config.seed)), device)
     printer.say(f"model        {describe_model(config, model, state.params)}")
@@ -377,14 +373,17 @@ def set_up(config: Config, printer: Printer) -> Run:
         device=device,
         dataset=dataset,
         model=model,
-        step=step,
+        step=training.make_train_step(model, optimizer, **objective),
+        gradients=training.make_gradients(model, **objective),
         learning_rate=optimizer.learning_rate,
         data_digest=digest,
         normalization=normalization,
+        environment=environment(device, Path(__file__).parent),
         state=state,
         best=(state.params, state.batch_stats),
+        progress=Progress(run=secrets.token_hex(4)),
         epoch_totals=no_metrics(device),
-        progress=Progress(),
+        report_totals=no_metrics(device),
     )
     if previous is not None:
         restore(run, previous)
@@ -417,9 +416,11 @@ def start_engine(run: Run, printer: Printer) -> training.Step:
             printer.say(f"engine       {engine}: compiling, which takes a minute or more the first time")
             step = capture.compile_step(step, batch)
             # The step is pure: what this computes is thrown away, and the state is as it was.
-            step(run.state, batch)
+            with printer.waiting(f"compiling {engine}"):
+                step(run.state, batch)
         if "graph" in engine:
-            step = capture.capture(step, run.state, batch)
+            with printer.waiting("capturing"):
+                step = capture.capture(step, run.state, batch)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -433,78 +434,146 @@ def start_engine(run: Run, printer: Printer) -> training.Step:
     return step
 
 
-def train(run: Run, interrupts: Interrupts, printer: Printer, wandb_run: WandbRun | None) -> int:
+def carry_out(run: Run, interrupts: Interrupts, printer: Printer) -> int:
+    """Trains, and shows it; returns the exit code."""
+    if run.progress.epoch >= run.config.epochs:
+        printer.say(
+            f"nothing to do: the run is complete after {run.progress.epoch} epochs; give a larger --epochs to go on"
+        )
+        return 0
+    reporter = start_reporting(run, printer)
+    code = EXIT_FAILED
+    try:
+        code = train(run, interrupts, reporter)
+    except Exception as error:
+        reporter.event("failed", reason=_one_line(error))
+        raise
+    finally:
+        reporter.event("end", code=code)
+        if reporter.tracker is not None and run.progress.best_epoch and run.saved and code < 128:
+            aliases = ["best", f"epoch-{run.progress.best_epoch}"]
+            reporter.tracker.log_model(run.config.checkpoint_path, f"model-{reporter.tracker.id}", aliases)
+        reporter.close(code, lambda: interrupts.received is not None)
+    if code < 128 and interrupts.received is not None:
+        printer.warn(f"stopped by {signal.Signals(interrupts.received).name} after the training was over")
+        return 128 + interrupts.received
+    return code
+
+
+def train(run: Run, interrupts: Interrupts, reporter: Reporter) -> int:
     """The epochs; returns the exit code."""
     config, progress = run.config, run.progress
-    if progress.epoch >= config.epochs:
-        printer.say(
-            f"nothing to do: the run is complete after {progress.epoch} epochs; give a larger --epochs to go on"
-        )
     count = len(run.dataset.train.labels)
-    batch_count = math.ceil(count / config.batch_size)
-    while progress.epoch < config.epochs:
-        started = time.perf_counter() - progress.seconds
-        first_batch = progress.batch
-        draw = tree.to(data.draw_epoch(config.seed, progress.epoch, count, flip=run.dataset.flip), run.device)
-        unread: list[Metrics] = []
-        for batch in data.batches(draw, config.batch_size, start=progress.batch):
-            run.state, metrics = run.step(run.state, batch)
-            unread.append(metrics)
-            progress.batch += 1
-            signaled = interrupts.received
-            if progress.batch % config.report_every == 0 or progress.batch == batch_count or signaled:
-                report(run, unread, batch_count, printer, wandb_run)
-                unread.clear()
-            if signaled:
+    every = parse_every(config.checkpoint_every)
+    with reporter.printer.training(config.epochs, run.batch_count) as bars:
+        bars.figures(run=best_so_far(progress))
+        while progress.epoch < config.epochs:
+            started = time.perf_counter() - progress.seconds
+            pace = Pace()
+            draw = tree.to(data.draw_epoch(config.seed, progress.epoch, count, flip=run.dataset.flip), run.device)
+            bars.begin_epoch(progress.epoch, progress.batch)
+            for batch in data.batches(draw, config.batch_size, start=progress.batch):
+                run.state, metrics = run.step(run.state, batch)
+                run.unread.append(metrics)
+                progress.batch += 1
+                if interrupts.received:
+                    progress.seconds = time.perf_counter() - started
+                    return stop(run, interrupts.received, reporter)
+                if progress.batch % config.report_every == 0 or progress.batch == run.batch_count:
+                    report(run, batch, reporter, bars, pace)
+                bars.move(progress.epoch, progress.batch)
+                if is_due(every, run):
+                    progress.seconds = time.perf_counter() - started
+                    save(run, reporter)
+            bars.figures(epoch="evaluating")
+            try:
+                finish_epoch(run, started, pace, every, interrupts, reporter)
+            except Interrupted as interrupt:
                 progress.seconds = time.perf_counter() - started
-                return stop(run, signaled, printer)
-        train_seconds = time.perf_counter() - started - progress.seconds
-        trained = max(0, count - first_batch * config.batch_size)
-        try:
-            finish_epoch(run, started, trained / max(train_seconds, 1e-9), interrupts, printer, wandb_run)
-        except Interrupted as interrupt:
-            progress.seconds = time.perf_counter() - started
-            return stop(run, interrupt.number, printer)
-        if interrupts.received:
-            return stop(run, interrupts.received, printer, already_saved=run.saved)
+                return stop(run, interrupt.number, reporter)
+            bars.figures(run=best_so_far(progress))
+            if interrupts.received:
+                return stop(run, interrupts.received, reporter)
     return 0 if run.saved else EXIT_FAILED
 
 
-def report(run: Run, unread: list[Metrics], batch_count: int, printer: Printer, wandb_run: WandbRun | None) -> None:
-    """Reads the metrics of the batches since the last report, all at once, and shows them.
+class Pace:
+    """Images a second since it was made, by what is known to be done."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.perf_counter()
+        self._images = 0
+
+    def note(self, images: int) -> float:
+        """Images a second since the last note; so many of them are done since then."""
+        now = time.perf_counter()
+        self._last, seconds = now, now - self._last
+        self._images += images
+        return images / max(seconds, 1e-9)
+
+    @property
+    def average(self) -> float:
+        """Images a second up to the last note."""
+        return self._images / max(self._last - self._started, 1e-9)
+
+
+def is_due(every: Every, run: Run) -> bool:
+    """Whether it is time for a save that does not wait for the end of an epoch."""
+    if every.unit == "batches":
+        return run.steps_done % every.number == 0
+    return every.unit == "seconds" and time.monotonic() - run.saved_at >= every.number
+
+
+def read_metrics(run: Run) -> int:
+    """Reads the metrics of the batches that are unread, all at once, adds them up, and returns how many images it was.
+
+    Raises:
+        FloatingPointError: A loss is not finite. Nothing has been saved since the last finite one.
+    """
+    if not run.unread:
+        return 0
+    stacked = tree.map(lambda *values: torch.stack(values), *run.unread)
+    sums = tree.map(lambda total, values: values.sum(dtype=total.dtype), run.epoch_totals, stacked)
+    run.epoch_totals = tree.map(torch.add, run.epoch_totals, sums)
+    run.report_totals = tree.map(torch.add, run.report_totals, sums)
+    losses, _, counts = (column.tolist() for column in stacked)
+    for offset, loss in enumerate(losses, 1 - len(losses)):
+        if not math.isfinite(loss):
+            run.progress.batch += offset
+            raise FloatingPointError(not_finite(run, f"the loss is {loss} at"))
+    run.unread.clear()
+    return sum(counts)
+
+
+def report(run: Run, batch: data.Draw, reporter: Reporter, bars: TrainingBars, pace: Pace) -> None:
+    """Shows the loss and the accuracy of the batches since the last report.
 
     Raises:
         FloatingPointError: A loss is not finite. Nothing has been saved since the last finite report.
     """
-    progress = run.progress
-    stacked = tree.map(lambda *values: torch.stack(values), *unread)
-    run.epoch_totals = tree.map(lambda total, values: total + values.sum(dtype=total.dtype), run.epoch_totals, stacked)
-    losses, correct, counts = (column.tolist() for column in stacked)
-    first_batch = progress.batch - len(unread) + 1
-    for offset, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            progress.batch = first_batch + offset
-            raise FloatingPointError(not_finite(run, f"the loss is {loss} at"))
-    loss = sum(losses) / sum(counts)
-    accuracy = 100 * sum(correct) / sum(counts)
-    epochs = run.config.epochs
-    printer.say(
-        f"epoch {progress.epoch + 1}/{epochs}  batch {progress.batch}/{batch_count}  "
-        f"loss {loss:.4f}  accuracy {accuracy:.2f} %"
+    config, progress = run.config, run.progress
+    images_per_second = pace.note(read_metrics(run))
+    loss, accuracy = loss_and_accuracy(run.report_totals)
+    run.report_totals = no_metrics(run.device)
+    rate = float(run.learning_rate(run.state.step - 1))
+    where = {"epoch": progress.epoch + 1, "batch": progress.batch, "step": run.steps_done}
+    reporter.row("report", where | {"batch/loss": loss, "batch/accuracy": accuracy, "learning_rate": rate})
+    shown = f"loss {loss:.4f}  accuracy {accuracy:.2f} %"
+    reporter.printer.say(
+        f"epoch {progress.epoch + 1}/{config.epochs}  batch {progress.batch}/{run.batch_count}  {shown}"
     )
-    if wandb_run is not None:
-        done = progress.epoch * batch_count + progress.batch
-        rate = float(run.learning_rate(run.state.step - 1))
-        wandb_run.log({"step": done, "batch/loss": loss, "batch/accuracy": accuracy, "learning_rate": rate})
+    bars.figures(epoch=f"{shown}  lr {rate:.6g}  {images_per_second:,.0f} images/s")
+    if reporter.tracker is not None and config.histogram_every:
+        reports_an_epoch = math.ceil(run.batch_count / config.report_every)
+        number = progress.epoch * reports_an_epoch + math.ceil(progress.batch / config.report_every)
+        if number % config.histogram_every == 0:
+            params = run.state.params
+            trees = {"parameters": params, "kernels": run.model.kernels(params)}
+            reporter.histograms(run.steps_done, trees | {"gradients": run.gradients(run.state, batch)})
 
 
 def finish_epoch(
-    run: Run,
-    started: float,
-    images_per_second: float,
-    interrupts: Interrupts,
-    printer: Printer,
-    wandb_run: WandbRun | None,
+    run: Run, started: float, pace: Pace, every: Every, interrupts: Interrupts, reporter: Reporter
 ) -> None:
     """Evaluates, keeps the best, saves, and shows all of it.
 
@@ -519,6 +588,7 @@ def finish_epoch(
     test_loss, test_accuracy = evaluate(run, run.dataset.test, interrupts)
     row: dict[str, float] = {
         "epoch": progress.epoch + 1,
+        "step": run.steps_done,
         "train/accuracy": train_accuracy,
         "train/loss": train_loss,
         "test/accuracy": test_accuracy,
@@ -533,41 +603,53 @@ def finish_epoch(
         progress.best_accuracy, progress.best_epoch = chosen_by, progress.epoch + 1
         run.best = tree.clone((run.state.params, run.state.batch_stats))
     seconds = time.perf_counter() - started
-    row |= {"learning_rate": rate, "epoch_time": seconds, "images_per_second": images_per_second}
+    row |= {"learning_rate": rate, "epoch_time": seconds, "images_per_second": pace.average}
+    row |= {"best_accuracy": progress.best_accuracy, "best_epoch": progress.best_epoch}
 
     progress.history.append(row)
     progress.epoch += 1
     progress.batch, progress.seconds = 0, 0.0
     run.epoch_totals = no_metrics(run.device)
-    save(run, printer)
+    # Before the save: a run that goes on from that checkpoint does not show this epoch again.
+    reporter.row("epoch", row)
+    reporter.paint(progress.history)
+    is_last = progress.epoch == config.epochs
+    saves = is_last or not run.saved or (every.unit == "epochs" and progress.epoch % every.number == 0)
+    if saves:
+        save(run, reporter)
 
     val = f"val {row['val/accuracy']:.2f} %  " if "val/accuracy" in row else ""
-    saved = f"saved {config.checkpoint_path}" + (" with a new best" if is_best else "") if run.saved else "NOT SAVED"
-    printer.say(
+    outcome = ["new best"] if is_best else []
+    if saves:
+        outcome.insert(0, f"saved {config.checkpoint_path}" if run.saved else "NOT SAVED")
+    reporter.printer.say(
         f"epoch {progress.epoch}/{config.epochs}  train {train_accuracy:.2f} %  {val}test {test_accuracy:.2f} %  "
-        f"test loss {test_loss:.4f}  lr {rate:.6g}  {seconds:.1f} s  {images_per_second:,.0f} images/s  "
-        f"best {progress.best_accuracy:.2f} % (epoch {progress.best_epoch})  {saved}"
+        f"test loss {test_loss:.4f}  lr {rate:.6g}  {seconds:.1f} s  {pace.average:,.0f} images/s  "
+        f"{best_so_far(progress)}  {' with a '.join(outcome)}".rstrip()
     )
-    if wandb_run is not None:
-        wandb_run.log(row)
-        wandb_run.summarize({"best_accuracy": progress.best_accuracy, "best_epoch": progress.best_epoch})
+    if reporter.tracker is not None:
+        reporter.tracker.summarize({"best_accuracy": progress.best_accuracy, "best_epoch": progress.best_epoch})
 
 
-def stop(run: Run, number: int, printer: Printer, *, already_saved: bool = False) -> int:
-    """Saves in mid-run after a signal; returns the exit code that a shell expects then.
+def best_so_far(progress: Progress) -> str:
+    """The best accuracy and its epoch, if there is one."""
+    return f"best {progress.best_accuracy:.2f} % (epoch {progress.best_epoch})" if progress.best_epoch else ""
+
+
+def stop(run: Run, number: int, reporter: Reporter) -> int:
+    """Saves after a signal; returns the exit code that a shell expects then.
 
     Raises:
         FloatingPointError: The state is not finite. Nothing was saved.
     """
     name = signal.Signals(number).name
-    if not already_saved:
-        check_finite(run)
-        save(run, printer)
+    save(run, reporter)
     where = f"epoch {run.progress.epoch + 1}, batch {run.progress.batch}"
+    reporter.event("stopped", signal=name, step=run.steps_done)
     if run.saved:
-        printer.warn(f"stopped by {name} at {where}; saved {run.config.checkpoint_path}, go on with --resume")
+        reporter.printer.warn(f"stopped by {name} at {where}; saved {run.config.checkpoint_path}, go on with --resume")
     else:
-        printer.warn(f"stopped by {name} at {where}; this could not be saved")
+        reporter.printer.warn(f"stopped by {name} at {where}; this could not be saved")
     return 128 + number
 
 
@@ -598,39 +680,42 @@ def check_finite(run: Run) -> None:
         raise FloatingPointError(not_finite(run, "a number that is not finite came up by"))
 
 
-def save(run: Run, printer: Printer) -> None:
-    """Writes the checkpoint, or says that it could not; `run.saved` tells."""
+def save(run: Run, reporter: Reporter) -> None:
+    """Writes the checkpoint, or says that it could not; `run.saved` tells.
+
+    Raises:
+        FloatingPointError: The state, or a loss, is not finite. Nothing was saved.
+    """
+    read_metrics(run)
+    check_finite(run)
     path = Path(run.config.checkpoint_path)
     trees = {
         "state": run.state,
         "best": run.best,
         "epoch_totals": run.epoch_totals,
+        "report_totals": run.report_totals,
         "normalization": run.normalization,
     }
     notes = {
         "config": dataclasses.asdict(run.config),
+        "model": run.model.recipe,
         "progress": dataclasses.asdict(run.progress),
         "classes": run.dataset.classes,
         "data": run.data_digest,
+        "environment": run.environment,
     }
     try:
         path.resolve().parent.mkdir(parents=True, exist_ok=True)
-        aside = unused_path(path.resolve()) if path.exists() and not run.owns_path else None
+        aside = run.aside if path.exists() and not run.owns_path else None
         checkpoint.save(path, trees, notes, keep_old_as=aside)
         run.saved = run.owns_path = True
         if aside is not None:
-            printer.say(f"kept the earlier run of {path} as {aside}")
+            reporter.printer.say(f"kept the earlier run of {path} as {aside}")
     except OSError as error:
         run.saved = False
-        printer.warn(f"could not save {path}: {error}; trying again at the next occasion")
-
-
-def unused_path(path: Path) -> Path:
-    """The first of path.1, path.2 and so on that does not exist."""
-    number = 1
-    while (candidate := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    return candidate
+        reporter.printer.warn(f"could not save {path}: {error}; trying again at the next occasion")
+        reporter.event("not saved", reason=str(error), step=run.steps_done)
+    run.saved_at = time.monotonic()
 
 
 def read_checkpoint(config: Config) -> checkpoint.Checkpoint:
@@ -641,13 +726,12 @@ def read_checkpoint(config: Config) -> checkpoint.Checkpoint:
     """
     previous = checkpoint.load(config.checkpoint_path)
     missing = {"config", "progress", "classes", "data"} - previous.notes.keys()
-    if missing or previous.notes["progress"].keys() != dataclasses.asdict(Progress()).keys():
+    if missing or previous.notes["progress"].keys() != {item.name for item in dataclasses.fields(Progress)}:
         raise ValueError(f"--resume: {config.checkpoint_path} was not written by this version of train.py")
     before, now = previous.notes["config"], dataclasses.asdict(config)
-    shaping = [item.name for item in dataclasses.fields(config) if item.metadata["shapes"]]
     different = [
         f"--{name.replace('_', '-')} is {now[name]}, was {before.get(name)}"
-        for name in shaping
+        for name in shaping(Config)
         if now[name] != before.get(name)
     ]
     if different:
@@ -679,6 +763,7 @@ def restore(run: Run, previous: checkpoint.Checkpoint) -> None:
     run.state = checkpoint.restore(previous, "state", run.state)
     run.best = checkpoint.restore(previous, "best", run.best)
     run.epoch_totals = checkpoint.restore(previous, "epoch_totals", run.epoch_totals)
+    run.report_totals = checkpoint.restore(previous, "report_totals", run.report_totals)
     run.progress = Progress(**previous.notes["progress"])
     run.owns_path = True
 
@@ -716,9 +801,14 @@ def count_ordinary(model: hf.Model) -> int:
     return hf.num_params(dict(model.module.named_parameters()))
 
 
+def describe_network(config: Config) -> str:
+    """What kind of network it is, as in "hyper 40-1"."""
+    return f"{config.model} {config.depth}-{config.width}"
+
+
 def describe_model(config: Config, model: hf.Model, params: hf.Params) -> str:
     """How large it is, and how much larger the ordinary network is."""
-    name = f"{config.model} {config.depth}-{config.width}"
+    name = describe_network(config)
     count, ordinary = hf.num_params(params), count_ordinary(model)
     if config.model == "plain":
         return f"{name}: {count:,} parameters"
@@ -747,32 +837,73 @@ def build_optimizer(config: Config, steps_per_epoch: int) -> optim.Optimizer:
     return optim.adam(schedule, weight_decay=weight_decay, decoupled=config.optimizer == "adamw")
 
 
-def start_tracking(run: Run, printer: Printer) -> WandbRun | None:
+def start_reporting(run: Run, printer: Printer) -> Reporter:
+    """Opens what stands beside the checkpoint, and starts or continues the run on Weights & Biases."""
+    config, progress = run.config, run.progress
+    path = Path(config.checkpoint_path).resolve()
+    journal_path, picture = beside(path, journal.ENDING), beside(path, ".png")
+    resumed, rows, before = run.owns_path, [], []
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(picture)
+        if resumed:
+            rows, before = journal.go_on(
+                journal_path, progress.run, step=run.steps_done, epoch=progress.epoch, history=progress.history
+            )
+        else:
+            number = free_number(path, journal_path, picture)
+            run.aside = numbered(path, number)
+            for old in (journal_path, picture):
+                if old.exists():
+                    old.rename(numbered(old, number))
+    except OSError as error:
+        printer.warn(f"could not write {journal_path}: {error}")
+    handed = handed_over(before, progress.wandb_id)
+    tracker = start_tracking(run, printer)
+    title = (
+        f"{describe_network(config)} on {config.dataset}, batch {config.batch_size}, {config.optimizer} {config.lr:g}"
+    )
+    writer = journal.Journal(journal_path, printer.warn)
+    writer.write(
+        "resume" if resumed else "start",
+        {"run": progress.run, "step": run.steps_done, "config": dataclasses.asdict(config)}
+        | {"environment": run.environment},
+    )
+    reporter = Reporter(printer, writer, Painter(printer.warn), picture, title, tracker, handed)
+    if tracker is not None:
+        # What was shown while there was no tracking, because it was turned off or had failed.
+        for row in rows:
+            if row["kind"] in ("report", "epoch"):
+                reporter.track(row["kind"], {key: value for key, value in row.items() if key not in ("kind", "time")})
+    return reporter
+
+
+def start_tracking(run: Run, printer: Printer) -> tracking.Tracker | None:
     """Starts, or continues, the run on Weights & Biases."""
-    config = run.config
-    name = config.wandb_name or f"hypernetworks_b{config.batch_size}_lr{config.lr}_e{config.epochs}"
-    wandb_run = start_wandb(
-        project=config.wandb_project,
-        name=name,
-        entity=config.wandb_entity or None,
-        config=dataclasses.asdict(config) | {"torch": torch.__version__, "hyperfunc": hf.__version__},
-        run_id=run.progress.wandb_id,
+    config, progress = run.config, run.progress
+    mode = config.wandb_mode
+    if config.no_wandb or mode == "disabled" or (mode == "auto" and os.environ.get("WANDB_MODE") == "disabled"):
+        return None
+    resume = progress.wandb_id is not None
+    progress.wandb_id = progress.wandb_id or tracking.new_run_id()
+    from_environment = config.wandb_project == DEFAULT_PROJECT and os.environ.get("WANDB_PROJECT")
+    name = f"hypernetworks_b{config.batch_size}_lr{config.lr}_e{config.epochs}"
+    total = hf.num_params(run.state.params)
+    tracker = tracking.Tracker(
+        progress.wandb_id,
+        resume=resume,
+        mode=mode,
+        settings={
+            "project": from_environment or config.wandb_project,
+            "name": config.wandb_name or os.environ.get("WANDB_NAME") or name,
+            "entity": config.wandb_entity or None,
+            "config": dataclasses.asdict(config) | run.environment | {"hyperfunc": hf.__version__},
+        },
         say=printer.say,
         warn=printer.warn,
     )
-    if wandb_run is not None:
-        run.progress.wandb_id = wandb_run.id
-        total = hf.num_params(run.state.params)
-        wandb_run.summarize({"total_parameters": total, "compression": count_ordinary(run.model) / total})
-    return wandb_run
-
-
-def finish_tracking(run: Run, wandb_run: WandbRun, code: int) -> None:
-    """Sends the checkpoint with the best model, and ends the run on Weights & Biases."""
-    if run.saved and run.progress.best_epoch:
-        aliases = ["best", f"epoch-{run.progress.best_epoch}"]
-        wandb_run.log_model(run.config.checkpoint_path, f"model-{wandb_run.id}", aliases)
-    wandb_run.finish(code)
+    tracker.summarize({"total_parameters": total, "compression": count_ordinary(run.model) / total})
+    return tracker
 
 
 def choose_device(name: str) -> torch.device:
@@ -789,13 +920,6 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def describe_device(device: torch.device) -> str:
-    """The device as a person knows it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"
 
 
 def no_metrics(device: torch.device) -> Metrics:
@@ -823,18 +947,6 @@ def not_finite(run: Run, what: str) -> str:
     )
 
 
-def _metavar(kind: Any) -> str:
-    return {int: "N", float: "X"}.get(kind, "TEXT")
-
-
-def _with_dashes(argument: str) -> str:
-    """--batch_size=8 as --batch-size=8."""
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument.partition("=")
-    return flag.replace("_", "-") + equals + value
-
-
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -842,4 +954,9 @@ def _one_line(error: BaseException) -> str:
 if __name__ == "__main__":
     exit_code = main()
     ignore()
+    if exit_code >= 128 or tracking.holds_up_exit():
+        # Python's end waits for others' threads and processes.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
     sys.exit(exit_code)

@@ -3,12 +3,19 @@
 from hyperfunc import (
     capture,
     checkpoint,
+    console,
     data,
+    environment,
     files,
+    flags,
+    histogram,
     hypernet,
     interrupt,
+    journal,
     model,
+    model_file,
     optim,
+    report,
     residual,
     tiling,
     tracking,
@@ -17,6 +24,7 @@ from hyperfunc import (
 )
 from hyperfunc.hypernet import HyperNetParams, generate_kernel, generate_kernels
 from hyperfunc.model import BatchStats, Model, Params, hyper_resnet, hyperize, materialize, resnet
+from hyperfunc.model_file import load, save
 from hyperfunc.residual import ResNet
 from hyperfunc.training import Metrics, TrainState
 from hyperfunc.tree import num_params
@@ -33,20 +41,29 @@ __all__ = [
     "TrainState",
     "capture",
     "checkpoint",
+    "console",
     "data",
+    "environment",
     "files",
+    "flags",
     "generate_kernel",
     "generate_kernels",
+    "histogram",
     "hyper_resnet",
     "hyperize",
     "hypernet",
     "interrupt",
+    "journal",
+    "load",
     "materialize",
     "model",
+    "model_file",
     "num_params",
     "optim",
+    "report",
     "residual",
     "resnet",
+    "save",
     "tiling",
     "tracking",
     "training",

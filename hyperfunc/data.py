@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from hyperfunc.files import lock_for, read_tensors, write_tensors
+from hyperfunc.files import lock_for, read_tensors, sweep, write_tensors
 
 Name = Literal["cifar10", "cifar100", "digits", "folder", "synthetic"]
 
@@ -35,6 +36,9 @@ SIZE = 32
 
 PAD = 4
 """Pixels of black around a training picture, out of which a crop of the original size is cut."""
+
+_DOWNLOAD = ".download-"
+"""How the names of folders begin into which something is being downloaded."""
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """Passes an iterable through, given what is being done and how many items there are, and may show how far it is."""
@@ -267,6 +271,8 @@ def _fetch_cifar(source: Any, data_dir: Path, notify: Callable[[str], None]) -> 
         try:
             return source(str(data_dir), train=True)
         except RuntimeError:
+            for leftover in data_dir.glob(f"{_DOWNLOAD}*"):  # of a process that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
             _download(source, data_dir, notify)
             return source(str(data_dir), train=True, download=True)
 
@@ -294,7 +300,7 @@ def _download(
     try:
         for _ in range(tries):
             try:
-                with stderr, tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as folder:
+                with stderr, tempfile.TemporaryDirectory(dir=data_dir, prefix=_DOWNLOAD) as folder:
                     download_url(source.url, folder, source.filename, source.tgz_md5)
                     os.replace(Path(folder) / source.filename, archive)
                 return
@@ -365,7 +371,9 @@ def _folder(data_dir: Path, progress: Progress, notify: Callable[[str], None]) -
             labels = [classes.index(name) for name, paths in by_class.items() for _ in paths]
             tensors[f"{part}_labels"] = torch.tensor(labels)
         try:
-            write_tensors(cache, tensors, {"fingerprint": fingerprint})
+            with lock_for(cache):
+                sweep(cache)
+                write_tensors(cache, tensors, {"fingerprint": fingerprint})
         except OSError as error:
             notify(f"the pictures are not cached and will be read again next time: {error}")
     images = {part: Images(tensors[f"{part}_pixels"], tensors[f"{part}_labels"]) for part in listing}

@@ -37,16 +37,16 @@ def write_tensors(
     Args:
         path: The file; its folder must exist. Of a symbolic link the target is written.
         tensors: Dense tensors by name, from any device.
-        metadata: Anything that JSON can hold.
+        metadata: Anything that JSON can hold; numbers must be finite.
         keep_old_as: A name, not yet taken, under which the file that stands there now is kept.
 
     Raises:
         OSError: The file cannot be written (no room, no permission); the old file stands as it was.
     """
     dense = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=True)
+    text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=False)
     content = safetensors.torch.save(dense, {"hyperfunc": text, "sha256": _NO_DIGEST})
-    _write_atomically(Path(path).resolve(), _with_digest(content, _digest(content)), keep_old_as)
+    write_bytes(path, _with_digest(content, _digest(content)), keep_old_as=keep_old_as)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -73,6 +73,58 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         return safetensors.torch.load(content), metadata
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes, *, keep_old_as: Path | None = None) -> None:
+    """Writes a file of any content as `write_tensors` does."""
+    path = Path(path).resolve()
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_old_as is not None:
+            _keep(path, keep_old_as)
+        os.replace(temporary, path)
+    except BaseException:
+        for leftover in (temporary, keep_old_as):
+            if leftover is not None:
+                leftover.unlink(missing_ok=True)
+        raise
+    # Without this the rename itself may be lost in a power cut. Some file systems cannot do it, and the file is there.
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def beside(path: Path, ending: str) -> Path:
+    """The name of another file of the same run: run.png or run.metrics.jsonl for run.pth."""
+    is_ending = path.suffix not in (".png", ".jsonl") and not path.suffix[1:].isdigit()
+    return path.with_name((path.stem if is_ending else path.name) + ending)
+
+
+def numbered(path: Path, number: int) -> Path:
+    """run.2.pth for run.pth, run.2.metrics.jsonl for run.metrics.jsonl."""
+    stem, dot, endings = path.name[1:].partition(".")  # the first character may be a dot that hides the file
+    return path.with_name(f"{path.name[0]}{stem}.{number}{dot}{endings}")
+
+
+def free_number(*paths: Path) -> int:
+    """The least number under which none of `paths` has a numbered file."""
+    number = 1
+    while any(numbered(path, number).exists() for path in paths):
+        number += 1
+    return number
+
+
+def free_name(path: Path) -> Path:
+    """The first numbered name of `path` that is not taken."""
+    return numbered(path, free_number(path))
 
 
 def sweep(path: str | os.PathLike[str]) -> None:
@@ -108,31 +160,6 @@ def _with_digest(content: bytes, digest: str, old: str = _NO_DIGEST) -> bytes:
     end = _header_end(content)
     header = content[:end].replace(f'"sha256":"{old}"'.encode(), f'"sha256":"{digest}"'.encode(), 1)
     return header + content[end:]
-
-
-def _write_atomically(path: Path, content: bytes, keep_old_as: Path | None) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_old_as is not None:
-            _keep(path, keep_old_as)
-        os.replace(temporary, path)
-    except BaseException:
-        for leftover in (temporary, keep_old_as):
-            if leftover is not None:
-                leftover.unlink(missing_ok=True)
-        raise
-    # Without this the rename itself may be lost in a power cut. Some file systems cannot do it, and the file is there.
-    with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _keep(path: Path, under: Path) -> None:

@@ -1,15 +1,19 @@
 """Signals that ask a run to end."""
 
+import contextlib
 import os
 import signal
+import threading
+from collections.abc import Callable
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Ctrl-C; what `kill` and schedulers send; what schedulers send ahead of a time limit; a terminal that is closed."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """Raised by a signal while nothing is in hand that must be finished first."""
+class Interrupted(Exception):
+    """Raised by `Interrupts.check` after a signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -17,29 +21,46 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Turns Ctrl-C and SIGTERM into an exception, or, while deferred, into a note to look at between two steps.
+    """While entered, turns `SIGNALS` into a note to look at between two steps.
 
-    A second signal ends the process at once: whoever asks twice does not want to wait.
+    Before `defer` is called there is nothing in hand, and a signal ends the process; so does a second one after that,
+    because whoever asks twice does not want to wait. A thread does this, woken by the interpreter's own handler: the
+    main thread may be in a call into C for seconds (resolving a name, compiling), and runs no handler meanwhile; nor
+    could an exception come up there in the middle of code that loses it.
+
+    Args:
+        farewell: Gives the line that is written when a signal ends the process before `defer`.
 
     Attributes:
-        received: The number of the signal that came while deferred, or None.
+        received: The number of the first signal that came after `defer`, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, farewell: Callable[[int], str]) -> None:
         self.received: int | None = None
+        self._farewell = farewell
         self._deferred = False
+        self._restore = contextlib.ExitStack()
 
-    def install(self) -> None:
-        """Takes the signals over; needed even for Ctrl-C, which a shell's background jobs start out ignoring."""
+    def __enter__(self) -> "Interrupts":
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        self._restore.callback(os.close, write)
+        self._restore.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(write, warn_on_full_buffer=False))
         for number in SIGNALS:
-            signal.signal(number, self._handle)
+            self._restore.callback(signal.signal, number, signal.getsignal(number))
+        threading.Thread(target=self._watch, args=(read,), name="signals", daemon=True).start()
+        take_over(_do_nothing)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore.close()
 
     def defer(self) -> None:
-        """From now on a signal is noted in `received` and raises nothing."""
+        """From now on the first signal is noted in `received`."""
         self._deferred = True
 
     def check(self) -> None:
-        """Raises what was noted; for places in a longer piece of work that can be left.
+        """For places in a longer piece of work that can be left.
 
         Raises:
             Interrupted: A signal came.
@@ -47,12 +68,27 @@ class Interrupts:
         if self.received is not None:
             raise Interrupted(self.received)
 
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
-            exit_at_once(number)
-        self.received = number
-        if not self._deferred:
-            raise Interrupted(number)
+    def _watch(self, read: int) -> None:
+        while signaled := os.read(read, 1):
+            number = signaled[0]
+            if number not in SIGNALS:
+                continue
+            if not self._deferred:
+                with contextlib.suppress(OSError):
+                    # Below a bar that may stand there.
+                    os.write(2, f"{os.linesep * os.isatty(2)}{self._farewell(number)}{os.linesep}".encode())
+                exit_at_once(number)
+            if self.received is not None:
+                exit_at_once(number)
+            self.received = number
+        os.close(read)
+
+
+def take_over(handler: Callable[[int, FrameType | None], Any]) -> None:
+    """Handles all of `SIGNALS` by `handler`; but a process started by `nohup` goes on ignoring a closed terminal."""
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def ignore() -> None:
@@ -64,3 +100,7 @@ def ignore() -> None:
 def exit_at_once(number: int) -> NoReturn:
     """Ends the process as a shell expects it after a signal, without running anything else."""
     os._exit(128 + number)
+
+
+def _do_nothing(_number: int, _frame: FrameType | None) -> None:
+    """Python's handler; what there is to do is done in the thread that `set_wakeup_fd` wakes."""

@@ -2,7 +2,7 @@
 
 import copy
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -67,6 +67,8 @@ class Model(NamedTuple):
         weights: `weights(params) -> {name: tensor}`, all parameters of the primary network, generated and ordinary.
         tiling: What is generated, and from how many basic kernels.
         module: The primary network on the meta device, without data.
+        recipe: The name of the function that made the model, and its arguments (but for a module), as JSON can hold
+            them: what a file needs to make it again.
     """
 
     init: Callable[[Generator], tuple[Params, BatchStats]]
@@ -76,6 +78,7 @@ class Model(NamedTuple):
     weights: Callable[[Params], dict[str, Tensor]]
     tiling: Tiling
     module: nn.Module
+    recipe: dict[str, Any]
 
 
 def hyper_resnet(
@@ -117,6 +120,8 @@ def hyper_resnet(
         z_dim=z_dim,
         hidden_dim=hidden_dim,
         init=init,
+        recipe={"function": "hyper_resnet", "depth": depth, "width": width, "num_classes": num_classes}
+        | {"z_dim": z_dim, "hidden_dim": hidden_dim, "init": init, "shortcut": shortcut, "block": block},
     )
 
 
@@ -136,7 +141,9 @@ def resnet(
         ValueError: A size or name is out of range.
     """
     module = _meta_resnet(depth, width, num_classes, shortcut=shortcut, block=block)
-    return _make_model(module, [], partial(_init_resnet, module))
+    recipe = {"function": "resnet", "depth": depth, "width": width, "num_classes": num_classes}
+    recipe |= {"shortcut": shortcut, "block": block}
+    return _make_model(module, [], partial(_init_resnet, module), recipe=recipe)
 
 
 def hyperize(
@@ -178,9 +185,48 @@ def hyperize(
     def init_from_module(generator: Generator) -> tuple[dict[str, Tensor], BatchStats]:
         return tree.map(lambda leaf: leaf.to(generator.device, copy=True), (values, buffers))
 
+    recipe = {"function": "hyperize", "targets": names, "unit": unit, "z_dim": z_dim}
+    recipe |= {"hidden_dim": hidden_dim, "init": init}
     return _make_model(
-        _on_meta(module), names, init_from_module, unit=unit, z_dim=z_dim, hidden_dim=hidden_dim, init=init
+        _on_meta(module),
+        names,
+        init_from_module,
+        unit=unit,
+        z_dim=z_dim,
+        hidden_dim=hidden_dim,
+        init=init,
+        recipe=recipe,
     )
+
+
+def from_recipe(recipe: Mapping[str, Any], module: nn.Module | None = None) -> Model:
+    """The model that a `Model.recipe` describes.
+
+    Args:
+        recipe: Of `hyper_resnet`, `resnet` or `hyperize`.
+        module: For a recipe of `hyperize`, the primary network, which no recipe can hold.
+
+    Raises:
+        ValueError: The recipe is of another function, or of `hyperize` and `module` is missing, or the other way
+            round; or the function refuses an argument.
+    """
+    arguments = dict(recipe)
+    function = arguments.pop("function", None)
+    functions = {"hyper_resnet": hyper_resnet, "resnet": resnet, "hyperize": hyperize}
+    if function not in functions:
+        raise ValueError(f"recipe: got the function {function!r}, expected {', '.join(functions)}")
+    if module is None and function == "hyperize":
+        raise ValueError(
+            "module: the model was made by hyperize, and a file holds no code; give the module that it was made of"
+        )
+    if module is not None and function != "hyperize":
+        raise ValueError(f"module: the model was made by {function}, and takes none")
+    if "unit" in arguments:
+        arguments["unit"] = tuple(arguments["unit"])  # JSON knows lists only
+    try:
+        return functions[function](*[module] if module is not None else [], **arguments)
+    except TypeError as error:
+        raise ValueError(f"recipe: {error}; it was written by another version of hyperfunc") from None
 
 
 def materialize(model: Model, params: Params, batch_stats: BatchStats) -> nn.Module:
@@ -205,6 +251,7 @@ def _make_model(
     targets: Iterable[str],
     init_primary: Callable[[Generator], tuple[dict[str, Tensor], BatchStats]],
     *,
+    recipe: dict[str, Any],
     unit: tuple[int, int] = (16, 16),
     z_dim: int = 64,
     hidden_dim: int | None = None,
@@ -258,7 +305,7 @@ def _make_model(
     ) -> tuple[Any, BatchStats]:
         return forward(weights(params), batch_stats, *args, train=train, **kwargs)
 
-    return Model(init_params, apply, kernels, forward, weights, tiling, module)
+    return Model(init_params, apply, kernels, forward, weights, tiling, module, recipe)
 
 
 def _meta_resnet(depth: int, width: int, num_classes: int, *, shortcut: Shortcut, block: Block) -> ResNet:

@@ -1,75 +1,93 @@
-"""What a run shows: lines and progress bars on the console, and a run on Weights & Biases.
+"""A run on Weights & Biases that training never waits for.
 
-Whatever goes wrong with Weights & Biases, training goes on: it is said once, in a line, and tracking ends.
+Everything that concerns wandb happens in a thread of its own: a server that refuses, hangs or dies holds up that thread
+and not the training. Whatever goes wrong is said once, in a line, with the command that sends later what is on disk.
 """
 
-import io
+import logging
 import os
+import queue
+import secrets
+import string
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import track as rich_track
+from hyperfunc.histogram import Histogram
 
-WANDB_PATIENCE_SECONDS = 20
-"""How long a start or an end of tracking may wait for the server."""
+Mode = Literal["auto", "online", "offline", "disabled"]
 
+START_SECONDS = 12.0
+"""How long a start may wait for the server before the run is kept offline."""
 
-class Printer:
-    """Lines on standard output, trouble on standard error, and a bar for what takes long, on a terminal only."""
+FINISH_SECONDS = 12.0
+"""How long the end of a run may wait for the server to have everything."""
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                # A path may hold what the terminal cannot show, and that must not end a run.
-                stream.reconfigure(errors="backslashreplace")
-
-    def say(self, line: str) -> None:
-        """Prints a line of the run's report. A reader that has gone away, as in `| head`, does not end the run."""
-        try:
-            print(line, flush=True)
-        except OSError:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-            self.warn("nobody reads the report any more; the run goes on")
-
-    def warn(self, line: str) -> None:
-        """Prints a line about something that went wrong; here, too, nobody need be reading."""
-        try:
-            print(line, file=sys.stderr, flush=True)
-        except OSError:
-            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-
-    def track(self, items: Iterable[Any], description: str, total: int) -> Iterable[Any]:
-        """Passes `items` through and shows how far they are: a bar on a terminal, else a line before and after."""
-        if self._console.is_terminal:
-            yield from rich_track(items, description, total=total, console=self._console)
-            return
-        self.warn(f"{description}: {total:,} files")
-        yield from items
-        self.warn(f"{description}: done")
+PATIENCE_SECONDS = START_SECONDS + FINISH_SECONDS + 4
+"""The most that the end of a program may wait for tracking, whatever happens."""
 
 
-class WandbRun:
-    """A run on Weights & Biases that turns itself off at its first error."""
+def holds_up_exit() -> bool:
+    """Whether Python's end may wait for a server, as what wandb does there can; `os._exit` does not."""
+    return "wandb" in sys.modules
 
-    def __init__(self, run: Any, warn: Callable[[str], None]) -> None:
-        self._run = run
+
+def new_run_id() -> str:
+    """An id that a run can be continued under; that of WANDB_RUN_ID where it is set."""
+    letters = string.ascii_lowercase + string.digits
+    return os.environ.get("WANDB_RUN_ID") or "".join(secrets.choice(letters) for _ in range(8))
+
+
+class Tracker:
+    """Starts a run, or continues one, and takes what there is to log; no method but `finish` ever waits.
+
+    Nothing is ever asked for: without a key the run is kept offline, where `wandb sync` can send it later. The
+    environment variables WANDB_MODE, WANDB_DIR and the like count as everywhere.
+
+    Args:
+        run_id: From `new_run_id`.
+        resume: Whether a run of that id may be there already, to be continued.
+        mode: "online", "offline", or "auto": what the environment says, else online if there is a key.
+        settings: Arguments of `wandb.init`: project, name, entity, config.
+        say: Is told where the run can be seen.
+        warn: Is told, once, what went wrong.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        *,
+        resume: bool,
+        mode: Mode,
+        settings: Mapping[str, Any],
+        say: Callable[[str], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self.id = run_id
+        self.stopped = False
+        """Whether tracking has ended, of itself or by an error; what is logged from then on is lost."""
+        self._init = {**settings, "id": run_id, "resume": "allow" if resume else None}
+        self._mode = mode
+        self._say = say
         self._warn = warn
+        self._run: Any = None
+        self._model_error: Exception | None = None
+        self._finishing = False
+        self._given_up = False
+        self._calls: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
 
-    @property
-    def id(self) -> str | None:
-        """The id under which the run can be continued; None once tracking is off."""
-        return self._run.id if self._run is not None else None
-
-    def log(self, values: Mapping[str, float]) -> None:
+    def log(self, values: Mapping[str, Any]) -> None:
         """Logs a row; it must hold the `step` or the `epoch` that its metrics are drawn over."""
-        self._guard(lambda run: run.log(dict(values)))
+        row = dict(values)
+        self._calls.put(lambda run: run.log({key: _as_wandb(value) for key, value in row.items()}))
 
     def summarize(self, values: Mapping[str, float]) -> None:
         """Sets values of the run's summary."""
-        self._guard(lambda run: run.summary.update(dict(values)))
+        self._calls.put(lambda run: run.summary.update(dict(values)))
 
     def log_model(self, path: str | os.PathLike[str], name: str, aliases: list[str]) -> None:
         """Logs a file as an artifact of the type "model"."""
@@ -77,81 +95,121 @@ class WandbRun:
         def log_artifact(run: Any) -> None:
             import wandb
 
-            artifact = wandb.Artifact(name, type="model")
-            artifact.add_file(str(path))
-            run.log_artifact(artifact, aliases=aliases)
+            try:
+                artifact = wandb.Artifact(name, type="model")
+                artifact.add_file(str(path))
+                run.log_artifact(artifact, aliases=aliases)
+            except Exception as error:
+                # Told at the end: what else there is to send does not depend on it.
+                self._model_error = error
 
-        self._guard(log_artifact)
+        self._calls.put(log_artifact)
 
-    def finish(self, exit_code: int) -> None:
-        """Ends the run and waits, for a bounded time, until the server has it."""
-        self._guard(lambda run: run.finish(exit_code=exit_code))
-        self._run = None
+    def finish(self, exit_code: int, patience: float, give_up: Callable[[], bool] = lambda: False) -> None:
+        """Ends the run, and waits at most `patience` seconds until the server has it.
 
-    def _guard(self, call: Callable[[Any], None]) -> None:
-        if self._run is None:
+        After that the thread may still be waiting for something, see `holds_up_exit`.
+
+        Args:
+            exit_code: What the server is told of the run's end.
+            patience: In seconds.
+            give_up: Asked again and again; True ends the waiting.
+        """
+
+        def end(run: Any) -> None:
+            self._finishing = True
+            run.finish(exit_code=exit_code)
+            if self._model_error is not None:
+                raise self._model_error
+
+        self._calls.put(end)
+        self._calls.put(None)
+        deadline = time.monotonic() + patience
+        while self._thread.is_alive() and time.monotonic() < deadline and not give_up():
+            self._thread.join(0.05)
+        if not self._thread.is_alive():
             return
+        self._given_up = True
+        if self._run is None:
+            self._warn("wandb: no answer so far, this run was not tracked")
+        else:
+            self._warn(f"wandb: not all has been sent{_later(self._run)}")
+
+    def _work(self) -> None:
         try:
-            call(self._run)
+            self._run = self._start()
+            while (call := self._calls.get()) is not None:
+                call(self._run)
         except Exception as error:
-            folder = getattr(self._run, "dir", None)
-            self._run = None
-            later = f"; what was logged so far: wandb sync {os.path.dirname(folder)}" if folder else ""
-            self._warn(f"wandb: stopped tracking, training goes on: {_first_line(error)}{later}")
+            if not self._given_up:
+                self._warn(f"wandb: {self._what_failed()}: {_first_line(error)}{_later(self._run)}")
+        finally:
+            self.stopped = True
 
+    def _what_failed(self) -> str:
+        if self._run is None:
+            return "not tracking, training goes on"
+        return "not all has been sent" if self._finishing else "stopped tracking, training goes on"
 
-def start_wandb(
-    *,
-    project: str,
-    name: str,
-    entity: str | None,
-    config: Mapping[str, Any],
-    run_id: str | None,
-    say: Callable[[str], None],
-    warn: Callable[[str], None],
-) -> WandbRun | None:
-    """Starts a run, or continues the one of `run_id`; None, and a line that says why, if that cannot be.
-
-    Nothing is ever asked for: without a key the run is kept offline, where `wandb sync` can send it later. The
-    environment variables WANDB_MODE, WANDB_DIR and the like count as everywhere.
-    """
-    try:
+    def _start(self) -> Any:
         import wandb
 
-        mode = None
-        if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False):
-            mode = "offline"
-        run = wandb.init(
-            project=project,
-            name=name,
-            entity=entity,
-            config=dict(config),
-            id=run_id,
-            resume="allow" if run_id else None,
-            mode=mode,
-            settings=wandb.Settings(
-                init_timeout=WANDB_PATIENCE_SECONDS,
-                finish_timeout=WANDB_PATIENCE_SECONDS,
-                console="off",
-                silent=True,
-            ),
+        # The failures of wandb's own telemetry are of no interest to who trains.
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+        wandb.setup(wandb.Settings(silent=True))
+        mode: Any = None if self._mode == "auto" else self._mode
+        why = "as asked for"
+        if mode is None and "WANDB_MODE" in os.environ:
+            why = "as WANDB_MODE says"
+        elif mode != "offline" and not wandb.login(prompt=False, verify=False):
+            mode, why = "offline", "no key was found"
+        settings = wandb.Settings(
+            init_timeout=START_SECONDS,
+            finish_timeout=FINISH_SECONDS,
+            finish_timeout_raises=True,
+            console="off",
+            silent=True,
         )
+        try:
+            run = wandb.init(**self._init, mode=mode, settings=settings)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            # Its service keeps the id of a run that could not be started.
+            wandb.teardown(exit_code=1)
+            run = wandb.init(**self._init, mode="offline", settings=settings)
+            self._warn(f"wandb: the server cannot be used, the run is kept offline: {_first_line(error)}{_later(run)}")
+        else:
+            if run.offline:
+                self._say(f"wandb        offline, {why}; to send the run later: {_sync_command(run)}")
+            elif run.url:
+                self._say(f"wandb        {run.url}")
         # Rows carry their own step: a row whose implicit step went backwards would be dropped in silence.
         run.define_metric("step", hidden=True)
         run.define_metric("epoch", hidden=True)
-        run.define_metric("batch/*", step_metric="step")
-        run.define_metric("learning_rate", step_metric="step")
+        for metric in ("batch/*", "learning_rate", "parameters/*", "kernels/*", "gradients/*"):
+            run.define_metric(metric, step_metric="step")
         for metric in ("train/*", "val/*", "test/*", "epoch_time", "images_per_second"):
             run.define_metric(metric, step_metric="epoch")
-    except Exception as error:
-        warn(f"wandb: not tracking, training goes on: {_first_line(error)}")
-        return None
-    if run.offline:
-        why = "no key was found" if mode else "as WANDB_MODE says"
-        say(f"wandb        offline, {why}; to send the run later: wandb sync {os.path.dirname(run.dir)}")
-    elif run.url:
-        say(f"wandb        {run.url}")
-    return WandbRun(run, warn)
+        for metric in ("test/accuracy", "val/accuracy"):
+            run.define_metric(metric, step_metric="epoch", summary="max")
+        return run
+
+
+def _as_wandb(value: Any) -> Any:
+    if isinstance(value, Histogram):
+        import wandb
+
+        return wandb.Histogram(np_histogram=(value.counts, value.edges))
+    return value
+
+
+def _sync_command(run: Any) -> str:
+    return f"wandb sync {os.path.dirname(run.dir)}"
+
+
+def _later(run: Any) -> str:
+    return f"; to send it later: {_sync_command(run)}" if run is not None else ""
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.func import grad_and_value
+from torch.func import grad, grad_and_value
 from torch.nn import functional as F
 
 from hyperfunc import tree
@@ -73,30 +73,30 @@ def make_train_step(
     Raises:
         ValueError: `decay` is unknown, or `weight_decay` is given where it would be ignored.
     """
-    if decay not in get_args(Decay):
-        raise ValueError(f"decay: got {decay!r}, expected one of {', '.join(get_args(Decay))}")
-    if decay == "parameters" and weight_decay:
-        raise ValueError(
-            f"weight_decay: got {weight_decay} with decay='parameters'; give it to the optimizer, "
-            "or choose decay='generated'"
-        )
+    objective = _make_objective(model, decay, weight_decay)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         images, labels = load(batch)
-
-        def objective(params: Params) -> tuple[Tensor, tuple[Tensor, Tensor, BatchStats]]:
-            weights = model.weights(params)
-            logits, batch_stats = model.forward(weights, state.batch_stats, images, train=True)
-            loss = F.cross_entropy(logits, labels)
-            penalty = 0.5 * weight_decay * tree.ravel(weights)[0].square().sum() if weight_decay else 0.0
-            return loss + penalty, (loss, logits, batch_stats)
-
-        grads, (_, (loss, logits, batch_stats)) = grad_and_value(objective, has_aux=True)(state.params)
+        gradients = grad_and_value(objective, has_aux=True)(state.params, state.batch_stats, images, labels)
+        grads, (_, (loss, logits, batch_stats)) = gradients
         params, opt_state = optimizer.update(grads, state.opt_state, state.params, state.step)
         new_state = TrainState(state.step + 1, params, batch_stats, opt_state)
         return new_state, _metrics(loss * len(labels), logits, labels)
 
     return step
+
+
+def make_gradients(
+    model: Model, *, load: Load = tuple, decay: Decay = "parameters", weight_decay: float = 0.0
+) -> Callable[[TrainState, Any], Params]:
+    """Builds `gradients(state, batch) -> params`, what a train step of the same arguments gives to its optimizer."""
+    objective = _make_objective(model, decay, weight_decay)
+
+    def gradients(state: TrainState, batch: Any) -> Params:
+        grads, _ = grad(objective, has_aux=True)(state.params, state.batch_stats, *load(batch))
+        return grads
+
+    return gradients
 
 
 def make_eval_step(model: Model, *, load: Load = tuple) -> Callable[[dict[str, Tensor], BatchStats, Any], Metrics]:
@@ -133,6 +133,30 @@ def evaluate(
     if total is None:
         raise ValueError("batches: got none, expected at least one")
     return total
+
+
+def _make_objective(
+    model: Model, decay: Decay, weight_decay: float
+) -> Callable[[Params, BatchStats, Tensor, Tensor], tuple[Tensor, tuple[Tensor, Tensor, BatchStats]]]:
+    """The function that training descends: its value, and beside it the loss, the logits and the new statistics."""
+    if decay not in get_args(Decay):
+        raise ValueError(f"decay: got {decay!r}, expected one of {', '.join(get_args(Decay))}")
+    if decay == "parameters" and weight_decay:
+        raise ValueError(
+            f"weight_decay: got {weight_decay} with decay='parameters'; give it to the optimizer, "
+            "or choose decay='generated'"
+        )
+
+    def objective(
+        params: Params, batch_stats: BatchStats, images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, BatchStats]]:
+        weights = model.weights(params)
+        logits, batch_stats = model.forward(weights, batch_stats, images, train=True)
+        loss = F.cross_entropy(logits, labels)
+        penalty = 0.5 * weight_decay * tree.ravel(weights)[0].square().sum() if weight_decay else 0.0
+        return loss + penalty, (loss, logits, batch_stats)
+
+    return objective
 
 
 def _metrics(loss: Tensor, logits: Tensor, labels: Tensor) -> Metrics:

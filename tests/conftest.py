@@ -10,7 +10,7 @@ SHAPE_CHECKS = os.environ.get("HYPERFUNC_SHAPE_CHECKS") != "off"
 """Whether the shapes in every signature are checked; torch.compile cannot trace that, and its tests go without."""
 
 if SHAPE_CHECKS:  # before the package is imported
-    install_import_hook("hyperfunc", "beartype.beartype")
+    install_import_hook("hyperfunc", "typechecker.typechecked")
 
 # As the processes that the tests start: results may differ in the last bit between numbers of threads.
 torch.set_num_threads(1)

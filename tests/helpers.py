@@ -70,23 +70,39 @@ def run_train(
     )
 
 
-def interrupt_train(*flags: str, cwd: Path, after: str, number: int = signal.SIGINT) -> tuple[int, str, float]:
-    """Starts train.py, sends a signal once a line starts with `after`; returns exit code, output, seconds till then."""
-    process = subprocess.Popen(
+def start_train(*flags: str, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Starts train.py, with all that it writes in one stream."""
+    return subprocess.Popen(
         train_command(*flags),
         cwd=cwd,
-        env={**os.environ, **ONE_THREAD},
+        env={**os.environ, **ONE_THREAD, **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def interrupt_train(
+    *flags: str,
+    cwd: Path,
+    after: str,
+    number: int = signal.SIGINT,
+    delay: float = 0.0,
+    env: Mapping[str, str] | None = None,
+) -> tuple[int, str, float]:
+    """Starts train.py, sends a signal once a line starts with `after`; returns exit code, output, seconds from then on.
+
+    The seconds include the `delay` between that line and the signal.
+    """
+    process = start_train(*flags, cwd=cwd, env=env)
     assert process.stdout is not None
     output = ""
     for line in process.stdout:
         output += line
         if line.startswith(after):
             break
-    sent = time.monotonic()
+    seen = time.monotonic()
+    time.sleep(delay)
     process.send_signal(number)
     output += process.communicate(timeout=60)[0]
-    return process.returncode, output, time.monotonic() - sent
+    return process.returncode, output, time.monotonic() - seen

@@ -3,7 +3,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 import pytest
 from helpers import ROOT
@@ -11,48 +10,96 @@ from helpers import ROOT
 from hyperfunc.interrupt import SIGNALS, Interrupted, Interrupts
 
 
-@pytest.fixture(autouse=True)
-def _restore_handlers() -> Iterator[None]:
-    before = [(number, signal.getsignal(number)) for number in SIGNALS]
-    yield
-    for number, handler in before:
-        signal.signal(number, handler)
+def run_program(body: str, *before: str) -> "subprocess.CompletedProcess[str]":
+    """Runs a program in which `signals` are entered and say their number in farewell."""
+    program = (
+        "import ctypes, os, signal, sys, time\n"
+        "from interrupt import Interrupts\n"
+        "with Interrupts(lambda number: f'farewell {number}') as signals:\n"
+        + "".join(f"    {line}\n" for line in body.splitlines())
+    )
+    # From within the package, which would import torch first.
+    command = [*before, sys.executable, "-c", program]
+    return subprocess.run(
+        command,
+        cwd=ROOT / "hyperfunc",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def wait_for_signal(interrupts: Interrupts) -> int | None:
+    deadline = time.monotonic() + 10
+    while interrupts.received is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return interrupts.received
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_raises_while_nothing_is_in_hand(number: int) -> None:
-    interrupts = Interrupts()
-    interrupts.install()
-    with pytest.raises(Interrupted, match=signal.Signals(number).name) as caught:
-        os.kill(os.getpid(), number)
-    assert caught.value.number == number
+def test_a_signal_ends_the_process_while_nothing_is_in_hand(number: int) -> None:
+    done = run_program(f"os.kill(os.getpid(), {number})\ntime.sleep(30)\nprint('still here')")
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", f"farewell {int(number)}\n")
+
+
+def test_a_signal_is_obeyed_while_the_main_thread_is_in_a_long_call_into_c() -> None:
+    # As in resolving a name, where a call begins anew after a signal and no handler of Python's runs before its end.
+    body = (
+        "import threading\n"
+        "threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])\n"
+        "ctypes.CDLL(None).usleep(20_000_000)"
+    )
+    begin = time.monotonic()
+    done = run_program(body)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, f"farewell {int(signal.SIGTERM)}\n")
+    assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_deferred_signal_is_noted(number: int) -> None:
-    interrupts = Interrupts()
-    interrupts.install()
-    interrupts.check()
-    interrupts.defer()
-    os.kill(os.getpid(), number)
-    assert interrupts.received == number
-    with pytest.raises(Interrupted):
+    before = [signal.getsignal(other) for other in SIGNALS]
+    with Interrupts(lambda _: "") as interrupts:
         interrupts.check()
+        interrupts.defer()
+        os.kill(os.getpid(), number)
+        assert wait_for_signal(interrupts) == number
+        with pytest.raises(Interrupted, match=signal.Signals(number).name):
+            interrupts.check()
+    assert [signal.getsignal(other) for other in SIGNALS] == before
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:
-    program = (
-        "import os, signal\n"
-        "from hyperfunc.interrupt import Interrupts\n"
-        "interrupts = Interrupts()\n"
-        "interrupts.install()\n"
-        "interrupts.defer()\n"
+    body = (
+        "signals.defer()\n"
         "os.kill(os.getpid(), signal.SIGINT)\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
-        "print('still here')\n"
+        "time.sleep(30)\n"
+        "print('still here')"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_program(body)
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "", "")
+
+
+def test_other_signals_are_left_alone() -> None:
+    body = (
+        "caught = []\n"
+        "signal.signal(signal.SIGALRM, lambda *_: caught.append(1))\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.1)\n"
+        "time.sleep(0.5)\n"
+        "print(caught, signals.received)"
+    )
+    done = run_program(body)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[1] None\n", "")
+
+
+def test_nohup_is_respected() -> None:
+    body = "os.kill(os.getpid(), signal.SIGHUP)\ntime.sleep(0.3)\nprint('still here')"
+    assert run_program(body).returncode == 128 + signal.SIGHUP
+    done = run_program(body, "nohup")
+    assert (done.returncode, done.stdout) == (0, "still here\n")
 
 
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0])

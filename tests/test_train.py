@@ -3,19 +3,22 @@
 import re
 import resource
 import signal
+import socket
 import subprocess
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from helpers import assert_trees_equal, interrupt_train, make_folder, run_train, train_command
+from helpers import assert_trees_equal, interrupt_train, make_folder, run_train, start_train, train_command
 
 import hyperfunc as hf
 import train
-from hyperfunc import checkpoint, data, optim, training, tree
+from hyperfunc import checkpoint, data, journal, optim, training, tree
 from hyperfunc.files import lock_for
-from hyperfunc.interrupt import SIGNALS
 
 
 @pytest.fixture(scope="module")
@@ -28,23 +31,33 @@ RunHere = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[RunHere]:
+def run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunHere:
     """`helpers.run_train` without a process of its own, which takes seconds to import torch."""
     monkeypatch.chdir(tmp_path)
-    handlers = [(number, signal.getsignal(number)) for number in SIGNALS]
 
     def run(*flags: str) -> subprocess.CompletedProcess[str]:
         capsys.readouterr()
         code = train.main(train_command(*flags)[2:])
         return subprocess.CompletedProcess(flags, code, *capsys.readouterr())
 
-    yield run
-    for number, handler in handlers:
-        signal.signal(number, handler)
+    return run
 
 
 def small(folder: Path, *flags: str) -> list[str]:
     return ["--dataset", "folder", "--data-dir", str(folder), "--batch-size", "8", "--report-every", "5", *flags]
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The reports and epochs in a journal, without what a clock says."""
+    rows = [row for row in journal.read_rows(path) if row["kind"] in ("report", "epoch")]
+    return [{key: value for key, value in row.items() if key not in (*TIMING, "time")} for row in rows]
+
+
+TIMING = ("epoch_time", "images_per_second")
 
 
 def state_of(path: Path) -> dict[str, torch.Tensor]:
@@ -108,6 +121,14 @@ def test_help_groups_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         (["--optimizer", "lion"], "argument --optimizer: invalid choice: 'lion'"),
         (["--epoch", "3"], "unknown argument --epoch; did you mean --epochs?"),
         (["--lr"], "argument --lr: expected one argument"),
+        (["--checkpoint-every", "0"], "--checkpoint-every: got '0', expected epochs (2), seconds (500s) or batches"),
+        (["--checkpoint-every=-1b"], "--checkpoint-every: got '-1b'"),
+        (["--checkpoint-every", "1.5s"], "--checkpoint-every: got '1.5s'"),
+        (["--checkpoint-every", "5m"], "--checkpoint-every: got '5m'"),
+        (["--checkpoint-every", ""], "--checkpoint-every: got ''"),
+        (["--checkpoint-every", "9" * 30], "--checkpoint-every: got '999"),
+        (["--histogram-every", "-1"], "--histogram-every: got -1, expected at least 0"),
+        (["--wandb-mode", "on"], "argument --wandb-mode: invalid choice: 'on'"),
         (["stray"], "unknown argument stray; see --help"),
         (["--checkpoint-path", "x" * 300], "--checkpoint-path: [Errno 36] File name too long"),
         (["--checkpoint-path", "/dev/null"], "--checkpoint-path: got '/dev/null', expected the path of a file"),
@@ -152,7 +173,7 @@ def test_a_run_prints_and_saves_what_it_should(folder: Path, tmp_path: Path) -> 
     )
     assert [epoch for epoch, *_ in epochs] == ["1", "2"]
     assert float(epochs[-1][3]) == max(float(test) for _, test, *_ in epochs)
-    assert [path.name for path in tmp_path.iterdir()] == ["run.pth"]
+    assert names_in(tmp_path) == ["run.metrics.jsonl", "run.png", "run.pth"]
 
     loaded = checkpoint.load(tmp_path / "run.pth")
     assert loaded.notes["classes"] == ["cat", "dog"]
@@ -216,8 +237,10 @@ def test_every_kind_of_run_starts(folder: Path, tmp_path: Path, run_here: RunHer
     for variant in variants:
         done = run_here(*small(folder, "--epochs", "1", "--checkpoint-path", "run.pth", *variant))
         assert done.returncode == 0, done.stderr
-    # Each run begins anew and keeps what the one before it saved.
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.pth", "run.pth.1", "run.pth.2"]
+    # Each run begins anew and keeps what the one before it saved and showed.
+    assert names_in(tmp_path) == sorted(
+        f"run{number}{ending}" for number in ("", ".1", ".2") for ending in (".pth", ".png", ".metrics.jsonl")
+    )
 
 
 def test_a_compiled_run_trains_the_same_network(folder: Path, tmp_path: Path) -> None:
@@ -258,7 +281,150 @@ def test_a_graph_needs_a_gpu(folder: Path, tmp_path: Path, run_here: RunHere) ->
 # Stopping and going on
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("text", "every"),
+    [("1", (1, "epochs")), ("020", (20, "epochs")), ("500s", (500, "seconds")), ("100b", (100, "batches"))],
+)
+def test_how_often_to_save(text: str, every: tuple[int, str]) -> None:
+    assert train.parse_every(text) == every
+    assert train.parse_args(["--checkpoint-every", text]).checkpoint_every == text
+
+
+@pytest.mark.parametrize(
+    ("every", "saves"),
+    [
+        ("1", [(1, 0), (2, 0), (3, 0)]),
+        ("2", [(2, 0), (3, 0)]),
+        # Of 12 batches an epoch; the end saves in any case.
+        ("5b", [(0, 5), (0, 10), (1, 3), (1, 8), (2, 1), (2, 6), (2, 11), (3, 0)]),
+        ("12b", [(0, 12), (1, 12), (2, 12), (3, 0)]),
+        ("10000s", [(3, 0)]),
+    ],
+)
+def test_saves_come_as_often_as_asked_for(
+    folder: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch, every: str, saves: list[tuple[int, int]]
+) -> None:
+    found: list[tuple[int, int]] = []
+    save = checkpoint.save
+
+    def note(path: Path, trees: Any, notes: Any, **options: Any) -> None:
+        found.append((notes["progress"]["epoch"], notes["progress"]["batch"]))
+        save(path, trees, notes, **options)
+
+    monkeypatch.setattr(checkpoint, "save", note)
+    done = run_here(*small(folder, "--epochs", "3", "--checkpoint-path", "run.pth", "--checkpoint-every", every))
+    assert done.returncode == 0, done.stderr
+    assert found == saves
+
+
+def test_saves_by_the_clock(folder: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 0.3
+        return now
+
+    found: list[int] = []
+    save = checkpoint.save
+
+    def note(path: Path, trees: Any, notes: Any, **options: Any) -> None:
+        found.append(notes["progress"]["batch"])
+        save(path, trees, notes, **options)
+
+    monkeypatch.setattr(checkpoint, "save", note)
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=clock, perf_counter=time.perf_counter))
+    flags = small(folder, "--epochs", "1", "--checkpoint-path", "run.pth", "--checkpoint-every", "1s")
+    assert run_here(*flags).returncode == 0
+    # The clock is read at the start, after every batch, and after every save.
+    assert found == [4, 7, 10, 0]
+
+
+@pytest.mark.parametrize("kept", range(5))
+def test_every_checkpoint_of_a_run_leads_to_the_same_end(
+    folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    """As after a kill that came before the next save: the journal is ahead of the checkpoint."""
+    flags = small(folder, "--epochs", "2", "--checkpoint-every", "5b", "--report-every", "3")
+    whole = run_here(*flags, "--checkpoint-path", "whole.pth")
+    assert whole.returncode == 0, whole.stderr
+    save, saves = checkpoint.save, 0
+
+    def save_some(*arguments: Any, **options: Any) -> None:
+        nonlocal saves
+        saves += 1
+        if saves <= kept + 1:
+            save(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save", save_some)
+    assert run_here(*flags, "--checkpoint-path", "parts.pth").returncode == 0
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert int(state_of(tmp_path / "parts.pth")["state/step"]) == min(5 * (kept + 1), 24)
+    resumed = run_here(*flags, "--checkpoint-path", "parts.pth", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_trees_equal(state_of(tmp_path / "whole.pth"), state_of(tmp_path / "parts.pth"))
+    assert rows_of(tmp_path / "parts.metrics.jsonl") == rows_of(tmp_path / "whole.metrics.jsonl")
+
+
+def test_a_signal_ends_the_download(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        code, output, seconds = interrupt_train(
+            "--dataset",
+            "cifar10",
+            cwd=tmp_path,
+            after="downloading ",
+            env={"https_proxy": proxy},
+            number=signal.SIGTERM,
+        )
+    assert code == 128 + signal.SIGTERM
+    assert seconds < 5
+    assert "stopped by SIGTERM before training began; nothing was saved yet" in output
+
+
+def test_a_signal_ends_the_compilation(folder: Path, tmp_path: Path) -> None:
+    flags = small(folder, "--checkpoint-path", "run.pth", "--engine", "compiled")
+    for delay in (0.5, 4.0):
+        code, output, seconds = interrupt_train(
+            *flags, cwd=tmp_path, after="engine       compiled: compiling", number=signal.SIGTERM, delay=delay
+        )
+        assert (code, "Traceback" in output) == (128 + signal.SIGTERM, False)
+        assert seconds < 5 + delay
+        assert "stopped by SIGTERM" in output
+
+
+def test_the_best_model_is_loaded_from_the_checkpoint_alone(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    for name, flags in (("hyper", ["--width", "2", "--block", "pre"]), ("plain", ["--model", "plain"])):
+        flags = small(folder, "--epochs", "2", "--checkpoint-path", name, "--lr", "0.01", *flags)
+        assert run_here(*flags).returncode == 0
+        model, params, batch_stats = hf.load(tmp_path / name)
+        loaded = checkpoint.load(tmp_path / name)
+        progress = loaded.notes["progress"]
+        dataset = data.load_dataset("folder", folder)
+        load = data.make_eval_load(data.measure(dataset.train))
+        metrics = training.evaluate(model, params, batch_stats, [dataset.test], load=load)
+        assert train.loss_and_accuracy(metrics)[1] == pytest.approx(progress["best_accuracy"])
+
+
+def test_a_second_signal_ends_at_once_and_leaves_the_old_checkpoint_whole(folder: Path, tmp_path: Path) -> None:
+    flags = small(folder, "--epochs", "1", "--checkpoint-path", "run.pth", "--schedule", "constant")
+    assert run_train(*flags, cwd=tmp_path).returncode == 0
+    before = (tmp_path / "run.pth").read_bytes()
+    process = start_train(*flags, "--epochs", "100000", "--resume", "--checkpoint-every", "1000", cwd=tmp_path)
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith("epoch 2/"))
+    # Stopped, so that both signals are there before the first is acted upon.
+    process.send_signal(signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=30)
+    assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    assert (tmp_path / "run.pth").read_bytes() == before
+    checkpoint.load(tmp_path / "run.pth")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(folder: Path, tmp_path: Path, number: int) -> None:
     flags = small(folder, "--epochs", "3")
     whole = run_train(*flags, "--checkpoint-path", "whole.pth", cwd=tmp_path)
@@ -278,9 +444,10 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(folder: Path, 
 
     assert_trees_equal(state_of(tmp_path / "whole.pth"), state_of(tmp_path / "parts.pth"))
     histories = [checkpoint.load(tmp_path / name).notes["progress"]["history"] for name in ("whole.pth", "parts.pth")]
-    timing = {"epoch_time", "images_per_second"}
-    ours, theirs = ([{k: v for k, v in row.items() if k not in timing} for row in h] for h in histories)
+    ours, theirs = ([{k: v for k, v in row.items() if k not in TIMING} for row in h] for h in histories)
     assert ours == theirs
+    # What was shown has neither a gap nor anything twice, in the middle of a report too.
+    assert rows_of(tmp_path / "parts.metrics.jsonl") == rows_of(tmp_path / "whole.metrics.jsonl")
 
 
 def test_ctrl_c_before_training_says_that_nothing_was_saved(tmp_path: Path) -> None:
@@ -406,7 +573,8 @@ def test_a_link_into_a_folder_that_is_not_there_yet(folder: Path, tmp_path: Path
     (tmp_path / "run.pth").symlink_to(tmp_path / "later/real.pth")
     for _ in range(2):
         assert run_here(*small(folder, "--checkpoint-path", "run.pth", "--epochs", "1")).returncode == 0
-    assert sorted(path.name for path in (tmp_path / "later").iterdir()) == ["real.pth", "real.pth.1"]
+    checkpoints = [name for name in names_in(tmp_path / "later") if name.endswith(".pth")]
+    assert checkpoints == ["real.1.pth", "real.pth"]
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint_and_ends_with_1(folder: Path, tmp_path: Path) -> None:
@@ -418,10 +586,13 @@ def test_a_full_disk_keeps_the_earlier_checkpoint_and_ends_with_1(folder: Path, 
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
 
     done = run_train(*flags, "--epochs", "2", "--resume", cwd=tmp_path, preexec_fn=fill_disk)
-    assert_refused(done, "could not save run.pth: [Errno 27] File too large", code=1)
+    assert done.returncode == 1
+    unsaved, undrawn = done.stderr.splitlines()
+    assert unsaved == "could not save run.pth: [Errno 27] File too large; trying again at the next occasion"
+    assert undrawn == "the curves are not drawn: [Errno 27] File too large; training goes on"
     assert "NOT SAVED" in done.stdout
     assert (tmp_path / "run.pth").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["run.pth"]
+    assert names_in(tmp_path) == ["run.metrics.jsonl", "run.png", "run.pth"]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
@@ -431,7 +602,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
     done = run_here(*flags, "--epochs", "1")
     assert_refused(done, "the loss is nan at epoch 1, batch ", code=1)
     assert "is not finite; nothing was saved; begin again with an --lr below 1e+20" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert names_in(tmp_path) == ["run.metrics.jsonl"]
+    events = [row for row in journal.read_rows(tmp_path / "run.metrics.jsonl") if row["kind"] == "event"]
+    assert "the loss is nan at epoch 1" in events[0]["reason"]
 
 
 def test_a_state_that_is_not_finite_is_never_saved(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
@@ -443,7 +616,7 @@ def test_a_state_that_is_not_finite_is_never_saved(folder: Path, tmp_path: Path,
     assert_refused(done, "epoch 1, batch 1; ", code=1)
     assert "nothing was saved" in done.stderr
     assert (tmp_path / "run.pth").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["run.pth"]
+    assert names_in(tmp_path) == ["run.1.metrics.jsonl", "run.1.png", "run.metrics.jsonl", "run.pth"]
 
 
 def test_a_signal_during_the_evaluation_is_obeyed_and_lost_nothing(folder: Path, tmp_path: Path) -> None:

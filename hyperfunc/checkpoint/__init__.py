@@ -10,7 +10,7 @@ from torch import Tensor
 from hyperfunc import tree
 from hyperfunc.files import read_tensors, write_tensors
 
-FORMAT = 1
+FORMAT = 2
 """The version of what stands in a file; a reader refuses what it does not know."""
 
 
@@ -35,9 +35,12 @@ def save(
     Raises:
         OSError: The file cannot be written; an older one stands as it was.
     """
-    write_tensors(
-        path, tree.named_leaves(dict(trees)), {"format": FORMAT, "notes": dict(notes)}, keep_old_as=keep_old_as
-    )
+    write_tensors(path, named(trees), {"format": FORMAT, "notes": dict(notes)}, keep_old_as=keep_old_as)
+
+
+def named(trees: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The leaves as a file holds them, by the path that begins with their tree's name."""
+    return tree.named_leaves(dict(trees))
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
@@ -53,8 +56,14 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(tensors, metadata["notes"])
 
 
-def restore(checkpoint: Checkpoint, name: str, like: Any) -> Any:
-    """The pytree that was saved as `name`, with the structure, devices and dtypes of `like`.
+def restore(checkpoint: Checkpoint, name: str, like: Any, *, any_dtype: bool = False) -> Any:
+    """The pytree that was saved as `name`, with the structure and the devices of `like`.
+
+    Args:
+        checkpoint: From `load`.
+        name: Of the pytree.
+        like: A pytree of the same structure and shapes.
+        any_dtype: Whether its dtypes may be others than those of `like`.
 
     Raises:
         ValueError: The checkpoint's leaves are others than those of `like`; the message names each.
@@ -65,7 +74,7 @@ def restore(checkpoint: Checkpoint, name: str, like: Any) -> Any:
     differences += [f"{path} is unknown" for path in found if path not in expected]
     for path in expected.keys() & found.keys():
         ours, theirs = expected[path], found[path]
-        if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+        if ours.shape != theirs.shape or (ours.dtype != theirs.dtype and not any_dtype):
             differences.append(f"{path} is {tree.describe(theirs)}, expected {tree.describe(ours)}")
     if differences:
         raise ValueError(f"the checkpoint holds another network: {'; '.join(sorted(differences))}")

@@ -1,0 +1,138 @@
+"""What a run has shown, as a file of rows: one JSON object a line.
+
+A row is written by a single call, so that a process killed at any moment leaves whole lines. Every row says of what
+`kind` it is: "start" and "resume" of a process, "report" (some batches), "epoch", or "event" (a stop, trouble).
+A report has the `step` and an epoch the `epoch` that it is about; a run that goes on from a checkpoint cuts off what it
+is about to do again, and so has each once.
+"""
+
+import contextlib
+import glob
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hyperfunc.files import free_name, write_bytes
+
+Row = dict[str, Any]
+
+ENDING = ".metrics.jsonl"
+"""How the names of journals end."""
+
+
+class Journal:
+    """Appends rows to a file.
+
+    What cannot be written, because the disk is full for example, is kept and written with a later row.
+    """
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        self.path = path
+        self._warn = warn
+        self._unwritten = b""
+        self._warned = False
+
+    def write(self, kind: str, row: Mapping[str, Any]) -> None:
+        """Appends a row, with the time in seconds since 1970."""
+        self._unwritten += _line({"kind": kind, "time": round(time.time(), 3), **row})
+        try:
+            _append(self.path, self._unwritten)
+            self._unwritten = b""
+        except OSError as error:
+            if not self._warned:
+                self._warn(f"could not write {self.path}: {error}; trying again with every line")
+            self._warned = True
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[Row]:
+    """The rows of a journal; a torn last line, which a power cut may leave, is left out.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: A line is not a JSON object with a "kind".
+    """
+    rows: list[Row] = []
+    *lines, _torn = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+            raise ValueError(f"{path} is not a journal of a run: line {number} is not a JSON object with a kind")
+        rows.append(row)
+    return rows
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Writes a whole journal in the place of the one that is there, in one stroke.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    write_bytes(path, b"".join(_line(row) for row in rows))
+
+
+def go_on(path: Path, run: str, *, step: int, epoch: int, history: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """Makes the journal at `path` that of a run which goes on from a checkpoint; returns its rows, after and before.
+
+    The reports after `step` and the epochs after `epoch` are cut off. If the file is another run's, because one was
+    begun at the same place and came to nothing, the right one is looked for under the numbered names beside it; what is
+    nowhere to be found is made up for by the checkpoint's own `history`.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    before: list[Row] = [{"kind": "start", "run": run}]
+    found_at = None
+    for candidate in (path, *sorted(path.parent.glob(glob.escape(path.name.partition(".")[0]) + ".*"))):
+        with contextlib.suppress(OSError, ValueError):
+            if candidate.name.endswith(ENDING) and run_of(found := read_rows(candidate)) == run:
+                before, found_at = found, candidate
+                break
+    rows = until(before, step=step, epoch=epoch)
+    known = {row["epoch"] for row in rows if row["kind"] == "epoch"}
+    rows += [{"kind": "epoch", **row} for row in history if row["epoch"] not in known]
+    if found_at != path and path.exists():
+        path.rename(free_name(path))
+    write_rows(path, rows)
+    if found_at not in (None, path):
+        found_at.unlink()
+    return rows, before
+
+
+def run_of(rows: Iterable[Row]) -> str | None:
+    """The id of the run that a journal belongs to."""
+    return next((row.get("run") for row in rows if row["kind"] == "start"), None)
+
+
+def until(rows: Iterable[Row], *, step: int, epoch: int) -> list[Row]:
+    """Without the reports after `step` and the epochs after `epoch`."""
+    last = {"report": ("step", step), "epoch": ("epoch", epoch)}
+
+    def stays(row: Row) -> bool:
+        column, limit = last.get(row["kind"], ("", 0))
+        return row.get(column, 0) <= limit
+
+    return [row for row in rows if stays(row)]
+
+
+def _line(row: Row) -> bytes:
+    return json.dumps(row, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def _append(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        before = os.fstat(descriptor).st_size
+        try:
+            if os.write(descriptor, content) < len(content):
+                raise OSError("there is no room for a whole line")
+        except OSError:
+            os.ftruncate(descriptor, before)
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,67 @@
+"""A trained model as one file: `hyperfunc.save` and `hyperfunc.load`.
+
+The file is a checkpoint (see `checkpoint`) that holds the pytree "best" and, in its notes, the model's recipe; what
+else stands in it does not matter here, and so every checkpoint of train.py is such a file.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hyperfunc import checkpoint
+from hyperfunc.model import BatchStats, Model, Params, from_recipe
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: Model,
+    params: Params,
+    batch_stats: BatchStats,
+    *,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a model to one file, whole or not at all.
+
+    Args:
+        path: The file; its folder must exist.
+        model: From `hyper_resnet`, `resnet` or `hyperize`.
+        params: Its parameters, of any dtype and on any device.
+        batch_stats: Its statistics.
+        notes: What else the reader should find, as JSON can hold it: `checkpoint.load(path).notes`.
+
+    Raises:
+        OSError: The file cannot be written; an older one stands as it was.
+        ValueError: `params` or `batch_stats` do not belong to `model`.
+    """
+    trees = {"best": (params, batch_stats)}
+    tensors = checkpoint.named(trees)
+    # What could not be read again is not written.
+    checkpoint.restore(checkpoint.Checkpoint(tensors, {}), "best", _like(model), any_dtype=True)
+    checkpoint.save(path, trees, {**(notes or {}), "model": model.recipe})
+
+
+def load(path: str | os.PathLike[str], module: nn.Module | None = None) -> tuple[Model, Params, BatchStats]:
+    """The model in a file that `save` or train.py wrote, on the CPU; of a run it is the best so far.
+
+    Args:
+        path: The file.
+        module: For a model made by `hyperize`, the module that it was made of: a file holds no code. Its values do
+            not matter.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is damaged, or holds no model, or one of another shape than `module`; or `module` is missing.
+    """
+    found = checkpoint.load(path)
+    if "model" not in found.notes:
+        raise ValueError(f"{path} holds no model; expected a file that hyperfunc.save or train.py wrote")
+    model = from_recipe(found.notes["model"], module)
+    params, batch_stats = checkpoint.restore(found, "best", _like(model), any_dtype=True)
+    return model, params, batch_stats
+
+
+def _like(model: Model) -> tuple[Params, BatchStats]:
+    return model.init(torch.Generator())

@@ -1,0 +1,121 @@
+"""Everything that a run shows goes through one `Reporter`: to the console, the journal, the picture and the tracker."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hyperfunc.console import Printer
+from hyperfunc.curves import Painter
+from hyperfunc.histogram import histograms
+from hyperfunc.journal import Journal, Row
+from hyperfunc.tracking import PATIENCE_SECONDS, Tracker
+
+LAST_PICTURE_SECONDS = 20.0
+"""How long the end of a run waits for its picture."""
+
+STOP_SECONDS = 2.5
+"""How long the end of a run waits for its tracker after a signal."""
+
+TRACKING = "tracking"
+"""The event from which on rows are handed to a tracker, with its id and what it had before."""
+
+_TRACKED: dict[str, tuple[str, ...] | None] = {
+    "report": ("step", "batch/loss", "batch/accuracy", "learning_rate"),
+    "epoch": None,
+}
+"""Of which kinds of rows which columns are tracked; None means all."""
+
+
+class Reporter:
+    """Hands rows on.
+
+    Args:
+        printer: For the lines.
+        journal: For the rows.
+        painter: For the picture.
+        picture: Where the picture is.
+        title: What stands above it.
+        tracker: For the rows, or None.
+        handed_over: What the tracker's run already has: the last `step` of a report and the last `epoch`. A run that
+            goes on from a checkpoint may do some of it again, and does not log it twice.
+    """
+
+    def __init__(
+        self,
+        printer: Printer,
+        journal: Journal,
+        painter: Painter,
+        picture: Path,
+        title: str,
+        tracker: Tracker | None,
+        handed_over: tuple[int, int],
+    ) -> None:
+        self.printer = printer
+        self.tracker = tracker
+        self._journal = journal
+        self._painter = painter
+        self._picture = picture
+        self._title = title
+        self._handed_over = {"report": handed_over[0], "epoch": handed_over[1]}
+        if tracker is not None:
+            self.event(TRACKING, wandb=tracker.id, step=handed_over[0], epoch=handed_over[1])
+
+    def row(self, kind: str, row: Mapping[str, Any]) -> None:
+        """Notes a row of the kind "report" or "epoch"."""
+        self._journal.write(kind, row)
+        self.track(kind, row)
+
+    def track(self, kind: str, row: Mapping[str, Any]) -> None:
+        """Hands a row to the tracker alone, unless it is there already."""
+        if self.tracker is None:
+            return
+        if self.tracker.stopped:
+            self.event("tracking ended", wandb=self.tracker.id)
+            self.tracker = None
+        elif row["step" if kind == "report" else "epoch"] > self._handed_over[kind]:
+            columns = _TRACKED[kind] or row
+            self.tracker.log({column: row[column] for column in columns})
+
+    def event(self, what: str, **details: Any) -> None:
+        """Notes what happened."""
+        self._journal.write("event", {"event": what, **details})
+
+    def paint(self, epochs: list[Row]) -> None:
+        """Draws the curves anew, in a process of their own."""
+        self._painter.paint(epochs, self._title, self._picture)
+
+    def histograms(self, step: int, trees: Mapping[str, Any]) -> None:
+        """Hands histograms of every leaf of some named pytrees to the tracker."""
+        if self.tracker is not None:
+            named = {f"{name}/{path}": h for name, tree in trees.items() for path, h in histograms(tree).items()}
+            self.tracker.log({"step": step, **named})
+
+    def close(self, code: int, give_up: Callable[[], bool]) -> None:
+        """Ends the picture and the tracker, and waits for them, but not long after a signal or once `give_up` says so.
+
+        Args:
+            code: The exit code that the run ends with.
+            give_up: Asked again and again while there is something to wait for.
+        """
+        stopped = code >= 128
+        self._painter.close(0 if stopped else LAST_PICTURE_SECONDS)
+        if self.tracker is not None:
+            self.tracker.finish(code, STOP_SECONDS if stopped else PATIENCE_SECONDS, give_up)
+
+
+def handed_over(rows: list[Row], tracked_as: str | None) -> tuple[int, int]:
+    """What a journal says was given to a tracker under that id: the last `step` of a report, and the last `epoch`."""
+    step = epoch = 0
+    tracking = False
+    for row in rows:
+        kind = row["kind"]
+        if kind in ("start", "resume"):
+            tracking = False
+        elif kind == "event" and row.get("wandb") == tracked_as and "wandb" in row:
+            tracking = row["event"] == TRACKING
+            step, epoch = max(step, row.get("step", 0)), max(epoch, row.get("epoch", 0))
+        elif tracking and kind == "report":
+            step = max(step, row["step"])
+        elif tracking and kind == "epoch":
+            epoch = max(epoch, row["epoch"])
+    return step, epoch

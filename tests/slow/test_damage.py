@@ -1,0 +1,143 @@
+"""Damaged and foreign checkpoints: each is refused by one clear line, whatever is wrong with it.
+
+HYPERFUNC_DAMAGED says how many; the full count is 2,000.
+"""
+
+import json
+import os
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_folder, train_command
+from test_files import delete, flip_bit, insert, swap, truncate
+
+import hyperfunc as hf
+import train
+from hyperfunc import checkpoint, files
+
+DAMAGED = int(os.environ.get("HYPERFUNC_DAMAGED", "200"))
+
+
+class Trap:
+    """A pickle that runs a command when it is opened."""
+
+    def __init__(self, sprung: Path) -> None:
+        self.sprung = sprung
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.sprung),)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> None:
+    """Changes the content of a checkpoint and gives it a checksum that is right."""
+    tensors, metadata = files.read_tensors(path)
+    change(tensors, metadata)
+    files.write_tensors(path, tensors, metadata)
+
+
+def splice(content: bytes, other: bytes, rng: random.Random) -> bytes:
+    """The beginning of one and the end of another, of the same length."""
+    at = rng.randrange(1, min(len(content), len(other)))
+    return content[:at] + other[at:]
+
+
+def forge(tensors: dict[str, torch.Tensor], metadata: dict[str, Any], rng: random.Random) -> str:
+    """Makes a well-formed file of another version, architecture, run or data set; returns what must be said of it."""
+    name = rng.choice([path for path in tensors if path.startswith("state/params")])
+    leaf = tensors[name]
+    notes = metadata["notes"]
+    forgeries: list[tuple[Callable[[], object], str]] = [
+        (lambda: metadata.update(format=rng.choice([0, 1, 3, 99, "2", None, [2]])), "has format "),
+        (lambda: metadata.pop("format"), "has format None"),
+        (lambda: metadata.pop("notes"), "has format "),
+        (lambda: tensors.pop(name), f"{name} is missing"),
+        (lambda: tensors.update({f"{name}/more": leaf}), f"{name}/more is unknown"),
+        (lambda: tensors.update({name: leaf.reshape(-1)[:-1].clone()}), f"{name} is float32["),
+        (lambda: tensors.update({name: leaf.double()}), f"{name} is float64["),
+        (lambda: tensors.update({name: leaf.unsqueeze(0)}), f"{name} is float32[1, "),
+        (lambda: notes["config"].update(depth=16), "--depth is 10, was 16"),
+        (lambda: notes["config"].update(lr=0.1), "--lr is 0.002, was 0.1"),
+        (lambda: notes["config"].pop("width"), "--width is 1, was None"),
+        (lambda: notes.pop("progress"), "was not written by this version of train.py"),
+        (lambda: notes["progress"].pop("history"), "was not written by this version of train.py"),
+        (lambda: notes["progress"].update(more=1), "was not written by this version of train.py"),
+        (lambda: notes["progress"].update(epoch=5), "has done 5 already"),
+        (lambda: notes.update(classes=["cat", "horse"]), "was trained on the classes cat, horse"),
+        (lambda: notes.update(data="0" * 64), "the pictures or their labels are not those"),
+    ]
+    act, message = rng.choice(forgeries)
+    act()
+    return message
+
+
+def test_every_damaged_checkpoint_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = make_folder(tmp_path / "pictures", train=4, test=2)
+    flags = ["--dataset", "folder", "--data-dir", str(folder), "--batch-size", "8", "--epochs", "1"]
+    command = train_command(*flags, "--checkpoint-path", "run.pth")[2:]
+    path = tmp_path / "run.pth"
+    assert train.main([*command, "--seed", "1"]) == 0
+    other = path.read_bytes()
+    path.unlink()
+    assert train.main(command) == 0
+    whole = path.read_bytes()
+    command[command.index("--epochs") + 1] = "2"
+    before = sorted(item.name for item in tmp_path.iterdir())
+    capsys.readouterr()
+
+    rng = random.Random(0)
+    sprung = tmp_path / "sprung"
+    mutations: list[Callable[[], bytes]] = [
+        lambda: flip_bit(whole, rng),
+        # Where most of the structure is.
+        lambda: flip_bit(whole[:20_000], rng) + whole[20_000:],
+        lambda: truncate(whole, rng),
+        lambda: whole[: rng.randrange(64)],
+        lambda: insert(whole, rng),
+        lambda: delete(whole, rng),
+        lambda: swap(whole, rng),
+        lambda: splice(whole, other, rng),
+        lambda: whole + rng.randbytes(rng.randint(1, 64)),
+        lambda: rng.randbytes(rng.randint(0, 2000)),
+        lambda: json.dumps({"format": 2, "notes": {}}).encode(),
+        lambda: pickle.dumps(Trap(sprung), protocol=rng.randrange(6)),
+    ]
+    counts = {"damaged": 0, "forged": 0}
+    for number in range(DAMAGED):
+        if number % 4 == 3:
+            path.write_bytes(whole)
+            tensors, metadata = files.read_tensors(path)
+            message = forge(tensors, metadata, rng)
+            files.write_tensors(path, tensors, metadata)
+            counts["forged"] += 1
+        else:
+            damaged = rng.choice(mutations)()
+            if damaged == whole:
+                continue
+            path.write_bytes(damaged)
+            message = "run.pth is "
+            counts["damaged"] += 1
+        content = path.read_bytes()
+        assert train.main([*command, "--resume"]) == 2, message
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1, captured.err
+        assert message in captured.err, (message, captured.err)
+        assert "Traceback" not in captured.err
+        assert path.read_bytes() == content
+        if message == "run.pth is ":
+            assert "run.pth is damaged" in captured.err or "run.pth is a pickle" in captured.err
+            for read in (hf.load, checkpoint.load):
+                with pytest.raises(ValueError, match="is damaged|is a pickle"):
+                    read(path)
+    # Nothing was executed, and nothing written.
+    assert sorted(item.name for item in tmp_path.iterdir()) == before
+    path.write_bytes(whole)
+    assert train.main([*command, "--resume", "--epochs", "2"]) == 0
+    print(f"{counts['damaged']} damaged and {counts['forged']} foreign checkpoints, all refused")

@@ -1,0 +1,89 @@
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_trees_equal
+from torch import Generator, nn
+
+import hyperfunc as hf
+from hyperfunc import checkpoint, files, tree
+
+
+def small_net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 16, 3))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        hf.hyper_resnet(10, 2, 5, 16, hidden_dim=8, init="clipped-normal", shortcut="conv", block="pre"),
+        hf.hyper_resnet(16),
+        hf.resnet(10, 1, 7, block="pre"),
+    ],
+    ids=["hyper with all options", "hyper", "plain"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_model_comes_back_from_its_file_alone(
+    tmp_path: Path, generator: Generator, model: hf.Model, dtype: torch.dtype
+) -> None:
+    params, batch_stats = tree.to(model.init(generator), dtype)
+    images = torch.randn(2, 3, 32, 32, generator=generator, dtype=dtype)
+    _, batch_stats = model.apply(params, batch_stats, images, train=True)
+    hf.save(tmp_path / "model", model, params, batch_stats, notes={"accuracy": 91.5})
+    other, loaded_params, loaded_stats = hf.load(tmp_path / "model")
+    assert other.recipe == model.recipe
+    assert_trees_equal(tree.named_leaves(loaded_params), tree.named_leaves(params))
+    expected, _ = model.apply(params, batch_stats, images, train=False)
+    found, _ = other.apply(loaded_params, loaded_stats, images, train=False)
+    assert torch.equal(found, expected)
+    assert checkpoint.load(tmp_path / "model").notes["accuracy"] == 91.5
+
+
+def test_a_hyperized_module_comes_back_with_the_module(tmp_path: Path, generator: Generator) -> None:
+    module = small_net()
+    model = hf.hyperize(module, unit=(8, 16), z_dim=8, hidden_dim=4)
+    params, batch_stats = model.init(generator)
+    hf.save(tmp_path / "model", model, params, batch_stats)
+    with pytest.raises(ValueError, match="made by hyperize, and a file holds no code; give the module"):
+        hf.load(tmp_path / "model")
+    other, loaded_params, loaded_stats = hf.load(tmp_path / "model", small_net())
+    images = torch.randn(2, 3, 16, 16, generator=generator)
+    expected, _ = model.apply(params, batch_stats, images, train=False)
+    found, _ = other.apply(loaded_params, loaded_stats, images, train=False)
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match=r"1.weight"):
+        hf.load(tmp_path / "model", nn.Sequential(nn.Linear(4, 4)))
+    wider = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 64, 3), nn.BatchNorm2d(64), nn.Conv2d(64, 16, 3))
+    with pytest.raises(ValueError, match=r"best/0/embeddings/3x3 is float32\[4, 8\], expected float32\[8, 8\]"):
+        hf.load(tmp_path / "model", wider)
+
+
+def test_files_that_hold_no_model_of_ours_are_named(tmp_path: Path, generator: Generator) -> None:
+    checkpoint.save(tmp_path / "other", {"state": {}}, {})
+    with pytest.raises(ValueError, match="other holds no model; expected a file that hyperfunc.save or train.py wrote"):
+        hf.load(tmp_path / "other")
+    model = hf.hyper_resnet(10)
+    params, batch_stats = model.init(generator)
+    hf.save(tmp_path / "model", model, params, batch_stats)
+    with pytest.raises(ValueError, match="made by hyper_resnet, and takes none"):
+        hf.load(tmp_path / "model", small_net())
+    unknown = model._replace(recipe={"function": "os.system"})
+    checkpoint.save(tmp_path / "model", {"best": (params, batch_stats)}, {"model": unknown.recipe})
+    with pytest.raises(ValueError, match="got the function 'os.system', expected hyper_resnet, resnet, hyperize"):
+        hf.load(tmp_path / "model")
+    checkpoint.save(tmp_path / "model", {}, {"model": {"function": "resnet", "colour": "red"}})
+    with pytest.raises(ValueError, match="recipe: .*unexpected keyword argument 'colour'"):
+        hf.load(tmp_path / "model")
+    files.write_tensors(tmp_path / "model", {}, {"format": checkpoint.FORMAT, "notes": {"model": model.recipe}})
+    with pytest.raises(ValueError, match="best/0/embeddings/3x3 is missing"):
+        hf.load(tmp_path / "model")
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, generator: Generator) -> None:
+    model = hf.hyper_resnet(10)
+    params, batch_stats = model.init(generator)
+    other = copy.copy(params)._replace(embeddings={"3x3": torch.zeros(1, 64)})
+    with pytest.raises(ValueError, match=r"best/0/embeddings/3x3 is float32\[1, 64\], expected float32\[32, 64\]"):
+        hf.save(tmp_path / "model", model, other, batch_stats)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,166 @@
+"""Folders of pictures as they come: each is read, or refused in one line with nothing written."""
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import make_folder, train_command
+from PIL import Image
+
+import train
+
+Spoil = Callable[[Path], None]
+
+FORMATS = {"png": "PNG", "jpg": "JPEG", "gif": "GIF", "bmp": "BMP", "webp": "WEBP", "tiff": "TIFF", "ppm": "PPM"}
+
+
+def encoded(ending: str, size: tuple[int, int] = (40, 24)) -> bytes:
+    picture = Image.effect_noise(size, 90).convert("RGB")
+    buffer = io.BytesIO()
+    picture.save(buffer, FORMATS[ending])
+    return buffer.getvalue()
+
+
+def put(name: str, content: bytes) -> Spoil:
+    """One more file among the cats, of that name."""
+
+    def spoil(folder: Path) -> None:
+        (folder / "train/cat" / name).write_bytes(content)
+
+    return spoil
+
+
+def link_to_nothing(folder: Path) -> None:
+    (folder / "train/cat/a.png").symlink_to(folder / "nowhere.png")
+
+
+def link_to_itself(folder: Path) -> None:
+    (folder / "train/cat/a.png").symlink_to("a.png")
+
+
+def link_to_a_picture(folder: Path) -> None:
+    (folder / "train/cat/a.png").symlink_to(folder / "train/cat/0000.png")
+
+
+def folder_named_like_a_picture(folder: Path) -> None:
+    (folder / "train/cat/a.png").mkdir()
+
+
+def pipe(folder: Path) -> None:
+    os.mkfifo(folder / "train/cat/a.png")
+
+
+def hidden(folder: Path) -> None:
+    (folder / "train/.cache").mkdir()
+    (folder / "train/cat/.DS_Store").write_bytes(b"x")
+    (folder / "train/cat/._0001.png").write_bytes(b"x")
+    (folder / "train/Thumbs.db").write_bytes(b"x")
+
+
+def odd_names(folder: Path) -> None:
+    strange = folder / "train" / "dög\n 'x' \udcff"
+    (folder / "train/dog").rename(strange)
+    (folder / "test/dog").rename(folder / "test" / strange.name)
+    (strange / "0000.png").rename(strange / "ü \udcfe.png")
+
+
+def no_train(folder: Path) -> None:
+    (folder / "train").rename(folder / "training")
+
+
+def train_is_a_file(folder: Path) -> None:
+    no_train(folder)
+    (folder / "train").write_text("")
+
+
+def empty_class(folder: Path) -> None:
+    (folder / "train/wolf").mkdir()
+
+
+def class_of_other_files(folder: Path) -> None:
+    (folder / "train/wolf").mkdir()
+    (folder / "train/wolf/notes.txt").write_text("none")
+
+
+def class_for_the_test_only(folder: Path) -> None:
+    (folder / "test/wolf").mkdir()
+    (folder / "test/wolf/a.png").write_bytes(encoded("png"))
+
+
+def empty_cache(folder: Path) -> None:
+    (folder / ".hyperfunc-32.safetensors").write_bytes(b"")
+
+
+def cache_that_is_a_pickle(folder: Path) -> None:
+    (folder / ".hyperfunc-32.safetensors").write_bytes(b"\x80\x04]q\x00.")
+
+
+REFUSED: dict[str, Spoil] = {
+    **{f"empty {ending}": put(f"a.{ending}", b"") for ending in FORMATS},
+    **{f"noise as {ending}": put(f"a.{ending}", bytes(range(256))) for ending in FORMATS},
+    **{f"half a {ending}": put(f"a.{ending}", encoded(ending)[: len(encoded(ending)) // 2]) for ending in FORMATS},
+    **{f"{ending} cut after its head": put(f"a.{ending}", encoded(ending)[:24]) for ending in FORMATS},
+    "text as png": put("a.png", b"<html>404 Not Found</html>"),
+    "an archive as jpg": put("a.jpg", b"PK\x03\x04" + bytes(100)),
+    "a header that promises too much": put("a.ppm", b"P6 100000 100000 255\n" + bytes(100)),
+    "no width": put("a.ppm", b"P6 0 10 255\n"),
+    "no train": no_train,
+    "train is a file": train_is_a_file,
+    "an empty class": empty_class,
+    "a class without a picture": class_of_other_files,
+    "a class for the test only": class_for_the_test_only,
+}
+
+READ: dict[str, Spoil] = {
+    **{f"a whole {ending}": put(f"a.{ending}", encoded(ending)) for ending in FORMATS},
+    **{f"{ending} called png": put("a.png", encoded(ending)) for ending in FORMATS if ending != "png"},
+    "one pixel": put("a.png", encoded("png", (1, 1))),
+    "long and thin": put("a.png", encoded("png", (2000, 1))),
+    "capital ending": put("a.PNG", encoded("png")),
+    "text": put("labels.txt", b"cat"),
+    "a link to a picture": link_to_a_picture,
+    "a link to nothing": link_to_nothing,
+    "a link to itself": link_to_itself,
+    "a folder named like a picture": folder_named_like_a_picture,
+    "a pipe": pipe,
+    "hidden files": hidden,
+    "odd names": odd_names,
+    "an empty cache": empty_cache,
+    "a cache that is a pickle": cache_that_is_a_pickle,
+}
+
+
+def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+    """The exit code of one epoch, and the lines on standard error but for those that say what is being read."""
+    capsys.readouterr()
+    flags = ["--dataset", "folder", "--data-dir", str(folder), "--epochs", "1", "--batch-size", "4"]
+    code = train.main(train_command(*flags, "--checkpoint-path", str(folder.parent / "run.pth"))[2:])
+    lines = capsys.readouterr().err.splitlines()
+    return code, [line for line in lines if not line.startswith("reading ")]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_damaged_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    folder = make_folder(tmp_path / "pictures", train=2, test=1)
+    REFUSED[name](folder)
+    before = sorted(tmp_path.rglob("*"))
+    code, lines = run(folder, capsys)
+    assert code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("train.py: data_dir: ")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_is_merely_odd_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    folder = make_folder(tmp_path / "pictures", train=2, test=1)
+    READ[name](folder)
+    code, lines = run(folder, capsys)
+    assert code == 0, lines
+    assert (tmp_path / "run.pth").exists()
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(REFUSED) + len(READ) >= 50
