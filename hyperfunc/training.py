@@ -77,8 +77,8 @@ def make_train_step(
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         images, labels = load(batch)
-        gradients = grad_and_value(objective, has_aux=True)(state.params, state.batch_stats, images, labels)
-        grads, (_, (loss, logits, batch_stats)) = gradients
+        function = objective(state.batch_stats, images, labels)
+        grads, (_, (loss, logits, batch_stats)) = grad_and_value(function, has_aux=True)(state.params)
         params, opt_state = optimizer.update(grads, state.opt_state, state.params, state.step)
         new_state = TrainState(state.step + 1, params, batch_stats, opt_state)
         return new_state, _metrics(loss * len(labels), logits, labels)
@@ -93,8 +93,7 @@ def make_gradients(
     objective = _make_objective(model, decay, weight_decay)
 
     def gradients(state: TrainState, batch: Any) -> Params:
-        grads, _ = grad(objective, has_aux=True)(state.params, state.batch_stats, *load(batch))
-        return grads
+        return grad(objective(state.batch_stats, *load(batch)), has_aux=True)(state.params)[0]
 
     return gradients
 
@@ -135,10 +134,12 @@ def evaluate(
     return total
 
 
-def _make_objective(
-    model: Model, decay: Decay, weight_decay: float
-) -> Callable[[Params, BatchStats, Tensor, Tensor], tuple[Tensor, tuple[Tensor, Tensor, BatchStats]]]:
-    """The function that training descends: its value, and beside it the loss, the logits and the new statistics."""
+Objective = Callable[[Params], tuple[Tensor, tuple[Tensor, Tensor, BatchStats]]]
+"""What training descends, and beside it the loss, the logits and the new statistics."""
+
+
+def _make_objective(model: Model, decay: str, weight_decay: float) -> Callable[[BatchStats, Tensor, Tensor], Objective]:
+    """Builds `objective(batch_stats, images, labels)`, which gives the objective on that batch."""
     if decay not in get_args(Decay):
         raise ValueError(f"decay: got {decay!r}, expected one of {', '.join(get_args(Decay))}")
     if decay == "parameters" and weight_decay:
@@ -147,14 +148,16 @@ def _make_objective(
             "or choose decay='generated'"
         )
 
-    def objective(
-        params: Params, batch_stats: BatchStats, images: Tensor, labels: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, BatchStats]]:
-        weights = model.weights(params)
-        logits, batch_stats = model.forward(weights, batch_stats, images, train=True)
-        loss = F.cross_entropy(logits, labels)
-        penalty = 0.5 * weight_decay * tree.ravel(weights)[0].square().sum() if weight_decay else 0.0
-        return loss + penalty, (loss, logits, batch_stats)
+    def objective(old_stats: BatchStats, images: Tensor, labels: Tensor) -> Objective:
+        # The batch is closed over: torch.func.grad would wrap arguments, and wrapped statistics are copied one by one.
+        def function(params: Params) -> tuple[Tensor, tuple[Tensor, Tensor, BatchStats]]:
+            weights = model.weights(params)
+            logits, batch_stats = model.forward(weights, old_stats, images, train=True)
+            loss = F.cross_entropy(logits, labels)
+            penalty = 0.5 * weight_decay * tree.ravel(weights)[0].square().sum() if weight_decay else 0.0
+            return loss + penalty, (loss, logits, batch_stats)
+
+        return function
 
     return objective
 

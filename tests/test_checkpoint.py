@@ -1,12 +1,16 @@
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_trees_equal
+from helpers import ROOT, assert_trees_equal
 from torch import Generator
 
 import hyperfunc as hf
 from hyperfunc import checkpoint, files, optim, training, tree
+from hyperfunc.checkpoint import __main__ as checkpoint_main
 
 
 def test_a_state_comes_back_bit_for_bit(tmp_path: Path, generator: Generator) -> None:
@@ -39,5 +43,54 @@ def test_differences_are_named_leaf_by_leaf(tmp_path: Path) -> None:
 
 def test_another_version_is_named(tmp_path: Path) -> None:
     files.write_tensors(tmp_path / "c", {}, {"format": 99, "notes": {}})
-    with pytest.raises(ValueError, match="has format 99, this version of hyperfunc reads 1"):
+    with pytest.raises(ValueError, match="has format 99, this version of hyperfunc reads 2"):
         checkpoint.load(tmp_path / "c")
+
+
+def describe(path: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str, str]:
+    code = checkpoint_main.main([str(path), *flags])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_program_prints_what_a_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notes = {
+        "epoch": 3,
+        "classes": ["cat", "dog"],
+        "config": {"depth": 10, "lr": 0.002},
+        "history": [{"epoch": number, "test/accuracy": 50 + number / 3} for number in range(30)],
+    }
+    path = tmp_path / "run.pth"
+    checkpoint.save(path, {"state": {"w": torch.ones(2, 3), "n": torch.ones(4)}, "step": torch.tensor(7)}, notes)
+    code, out, err = describe(path, capsys)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == f"{path}: {path.stat().st_size:,} bytes, format 2, whole: its content matches its SHA-256"
+    assert "classes  cat, dog" in lines
+    assert "  depth  10" in lines
+    assert "  epoch  test/accuracy" in lines
+    assert "     29        59.6667" in lines
+    assert lines.count("  ...") == 1
+    assert "state: 2 tensors, 10 numbers, 40 bytes" in lines
+    assert "  state/w  float32[2, 3]" in lines
+    assert "state/w" not in describe(path, capsys, "--brief")[1]
+    assert json.loads(describe(path, capsys, "--json")[1]) == notes
+
+
+def test_the_program_refuses_what_is_damaged_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint.save(tmp_path / "c", {"x": torch.ones(9)}, {})
+    (tmp_path / "c").write_bytes((tmp_path / "c").read_bytes()[:-1])
+    assert describe(tmp_path / "c", capsys)[::2] == (2, f"{tmp_path / 'c'} is damaged: {WRONG_SUM}\n")
+    code, out, err = describe(tmp_path / "nothing", capsys)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+WRONG_SUM = "its content does not match the checksum in it"
+
+
+def test_the_program_runs_by_its_name_and_into_a_pipe_that_closes(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "c", {"x": {str(n): torch.ones(1) for n in range(20_000)}}, {})
+    command = f"{sys.executable} -m hyperfunc.checkpoint {tmp_path / 'c'} | head -2"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "whole: its content matches its SHA-256" in done.stdout

@@ -20,7 +20,7 @@ TENSORS = {
     "flags": torch.tensor([True, False]),
     "b": torch.arange(12).view(3, 4).t(),
 }
-METADATA = {"list": [1, 2.5, None], "text": 'héllo "sha256"', "nan": float("inf")}
+METADATA = {"list": [1, 2.5, None], "text": 'héllo "sha256"', "deep": {"a": [{}]}}
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -43,6 +43,12 @@ def test_every_length_of_the_header_can_be_read(tmp_path: Path) -> None:
         first_bytes.add((tmp_path / "f").read_bytes()[0])
         assert read_tensors(tmp_path / "f")[1] == {"text": "x" * length}
     assert 0x80 in first_bytes
+
+
+def test_metadata_is_json_as_any_reader_knows_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_tensors(tmp_path / "file", TENSORS, {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_old_file_is_kept_under_another_name(tmp_path: Path) -> None:

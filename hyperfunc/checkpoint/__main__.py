@@ -82,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(checkpoint.load(arguments.file).notes, indent=2, sort_keys=True))
         else:
             print("\n".join(describe(arguments.file, tensors=not arguments.brief)))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has seen enough, as `head` has; and there is nothing left to flush at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (OSError, ValueError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
