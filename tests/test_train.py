@@ -29,6 +29,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("pictures"), train=45, test=10)
 
 
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of three epochs that nothing disturbs."""
+    path = tmp_path_factory.mktemp("whole")
+    done = run_train(*small(folder, "--epochs", "3"), "--checkpoint-path", "whole.pth", cwd=path)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
 RunHere = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -462,12 +471,10 @@ def test_a_second_signal_ends_at_once_and_leaves_the_old_checkpoint_whole(folder
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(folder: Path, tmp_path: Path, number: int) -> None:
-    flags = small(folder, "--epochs", "3")
-    whole = run_train(*flags, "--checkpoint-path", "whole.pth", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
-
-    flags += ["--checkpoint-path", "parts.pth"]
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
+    folder: Path, whole: Path, tmp_path: Path, number: int
+) -> None:
+    flags = small(folder, "--epochs", "3", "--checkpoint-path", "parts.pth")
     code, output, seconds = interrupt_train(*flags, cwd=tmp_path, after="epoch 2/3  batch 5/", number=number)
     assert code == 128 + number
     assert seconds < 5
@@ -479,12 +486,13 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(folder: Path, 
     assert resumed.returncode == 0, resumed.stderr
     assert f"resumed      from parts.pth at epoch {stopped[1]}, batch {stopped[2]}" in resumed.stdout
 
-    assert_trees_equal(state_of(tmp_path / "whole.pth"), state_of(tmp_path / "parts.pth"))
-    histories = [checkpoint.load(tmp_path / name).notes["progress"]["history"] for name in ("whole.pth", "parts.pth")]
+    assert_trees_equal(state_of(whole / "whole.pth"), state_of(tmp_path / "parts.pth"))
+    paths = (whole / "whole.pth", tmp_path / "parts.pth")
+    histories = [checkpoint.load(path).notes["progress"]["history"] for path in paths]
     ours, theirs = ([{k: v for k, v in row.items() if k not in TIMING} for row in h] for h in histories)
     assert ours == theirs
     # What was shown has neither a gap nor anything twice, in the middle of a report too.
-    assert rows_of(tmp_path / "parts.metrics.jsonl") == rows_of(tmp_path / "whole.metrics.jsonl")
+    assert rows_of(tmp_path / "parts.metrics.jsonl") == rows_of(whole / "whole.metrics.jsonl")
 
 
 def test_ctrl_c_before_training_says_that_nothing_was_saved(tmp_path: Path) -> None:

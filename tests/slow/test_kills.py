@@ -16,10 +16,10 @@ from helpers import assert_trees_equal, make_folder, run_train, start_train
 import hyperfunc as hf
 from hyperfunc import checkpoint, journal
 
-KILLS = int(os.environ.get("HYPERFUNC_KILLS", "6"))
-TERMINATIONS = int(os.environ.get("HYPERFUNC_TERMINATIONS", "5"))
+KILLS = int(os.environ.get("HYPERFUNC_KILLS", "4"))
+TERMINATIONS = int(os.environ.get("HYPERFUNC_TERMINATIONS", "4"))
 
-EPOCHS = 40
+EPOCHS = 20
 """Of 12 steps each, every one of which is saved."""
 
 
@@ -95,7 +95,7 @@ def test_terminated_at_random_moments(tmp_path: Path, flags: list[str], engine: 
             cwd=tmp_path,
         )
         # From 50 ms after the start on; the first 4 s are imports, data and, if so, compilation.
-        time.sleep(rng.uniform(0.05, 6 if engine == "eager" else 40))
+        time.sleep(rng.uniform(0.05, 6 if engine == "eager" else 25))
         begin = time.monotonic()
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=60)[0]
