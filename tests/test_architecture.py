@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "console": set(),
     "curves": set(),
     "environment": set(),
+    "precision": set(),
     "histogram": {"tree"},
     "journal": {"files"},
     "tracking": {"histogram"},
@@ -28,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"tree", "files"},
     "model": {"tree", "hypernet", "tiling", "residual"},
     "model_file": {"checkpoint", "model"},
-    "training": {"tree", "model", "optim"},
+    "training": {"tree", "data", "model", "optim", "precision"},
 }
 TOP = {"__init__", "check_gpu", "plot"}
 """These may import everything, and nothing imports them."""
