@@ -9,6 +9,14 @@ import stat
 import sys
 
 if __name__ == "__main__":
+    # Started with a stream closed, as by `>&-`, its number would go to the next file that is opened.
+    for _number, _stream in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(_number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, _stream, open(_number, "w" if _number else "r", closefd=False))  # noqa: SIM115
+
     # Importing torch takes seconds, and Ctrl-C must not end in a traceback there either.
     def _exit_before_start(number: int, _frame: object) -> None:
         os.write(2, b"stopped before anything was read or written\n")
@@ -22,7 +30,6 @@ import dataclasses
 import math
 import re
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +44,7 @@ from hyperfunc import capture, checkpoint, data, journal, optim, precision, trac
 from hyperfunc.console import Printer, TrainingBars
 from hyperfunc.curves import Painter
 from hyperfunc.environment import describe_device, environment
-from hyperfunc.files import beside, free_number, lock_for, numbered, sweep
+from hyperfunc.files import beside, free_name, free_number, lock_for, numbered, sweep, temporary_name
 from hyperfunc.flags import EXIT_BAD_INPUT, option, parse, shaping
 from hyperfunc.hypernet import Init
 from hyperfunc.interrupt import Interrupted, Interrupts, ignore
@@ -55,6 +62,12 @@ COMPILE_FROM_STEPS = 5000
 """Length of a run from which compiling on the CPU, which takes about a minute, is sure to pay."""
 
 DEFAULT_PROJECT = "hypernetworks-gpu"
+
+EPOCH_COLUMNS = {
+    *("epoch", "step", "train/accuracy", "train/loss", "test/accuracy", "test/loss"),
+    *("learning_rate", "epoch_time", "best_accuracy", "best_epoch"),
+}
+"""What the history of a run has of every epoch."""
 
 
 class Every(NamedTuple):
@@ -85,7 +98,9 @@ class Config:
     batch_size: int = option(
         128, "run", "pictures a step; the last batch of an epoch may be smaller", at_least=1, shapes=True
     )
-    eval_batch_size: int = option(1000, "run", "pictures at once in evaluation", at_least=1)
+    eval_batch_size: int = option(
+        0, "run", "pictures at once in evaluation; 0 means 1000 on a GPU and 100 on the CPU", at_least=0
+    )
     seed: int = option(0, "run", "of the initial parameters, the order and the augmentation", at_least=0, shapes=True)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "run", "auto takes a GPU where there is one")
     engine: Literal["auto", "eager", "compiled", "graph", "compiled-graph"] = option(
@@ -189,7 +204,9 @@ class Config:
         "tracking",
         "auto is what WANDB_MODE says, else online where there is a key and offline where there is none",
     )
-    wandb_project: str = option(DEFAULT_PROJECT, "tracking", "project on Weights & Biases")
+    wandb_project: str = option(
+        DEFAULT_PROJECT, "tracking", "project on Weights & Biases; in the place of the default, WANDB_PROJECT counts"
+    )
     wandb_name: str = option("", "tracking", "name of the run (default: hypernetworks_b{batch_size}_lr{lr}_e{epochs})")
     wandb_entity: str = option("", "tracking", "user or team on Weights & Biases; empty means the account's default")
     histogram_every: int = option(
@@ -216,7 +233,7 @@ def check_config(config: Config) -> None:
         is_something_else = False
     except OSError as error:
         raise ValueError(f"--checkpoint-path: {error}") from None
-    if not path.name or is_something_else:
+    if path.name in ("", "..") or config.checkpoint_path.endswith(os.sep) or is_something_else:
         raise ValueError(f"--checkpoint-path: got {config.checkpoint_path!r}, expected the path of a file")
     if config.resume and not path.is_file():
         raise ValueError(
@@ -236,7 +253,11 @@ class Progress:
     best_accuracy: float = -1.0
     best_epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    engine: str = ""
+    """That the steps so far ran on: another gives the same but for rounding."""
     wandb_id: str | None = None
+    handed_over: tuple[int, int] = (0, 0)
+    """What that run on Weights & Biases has: the last step of a report and the last epoch."""
 
 
 @dataclass
@@ -273,6 +294,8 @@ class Run:
     """When it was."""
     owns_path: bool = False
     """Whether the file at the checkpoint's path is this run's, and not an earlier one's."""
+    saved_best_epoch: int = 0
+    """Of the best model in that file; 0 where there is none."""
     aside: Path | None = None
     """Under what name an earlier run's file at that path is kept."""
 
@@ -280,6 +303,11 @@ class Run:
     def batch_count(self) -> int:
         """Batches an epoch."""
         return math.ceil(len(self.dataset.train.labels) / self.config.batch_size)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Pictures at once in an evaluation: on the CPU few, because a signal is obeyed between two batches."""
+        return self.config.eval_batch_size or (1000 if self.device.type == "cuda" else 100)
 
     @property
     def steps_done(self) -> int:
@@ -295,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             config = parse_args(argv)
             printer.quiet = config.quiet
-            with locked(config.checkpoint_path):
+            with locked(config.checkpoint_path), locked(str(journal_beside(config))):
                 run = set_up(config, printer)
                 interrupts.defer()
                 return carry_out(run, interrupts, printer)
@@ -435,11 +463,16 @@ def start_engine(run: Run, printer: Printer) -> None:
     elif engine == "auto":
         steps = config.epochs * math.ceil(count / config.batch_size)
         engine = "compiled" if steps >= COMPILE_FROM_STEPS else "eager"
+    before = run.progress.engine
+    if config.engine == "auto" and before and ("graph" in before) <= (run.device.type == "cuda"):
+        engine = before
+    elif before not in ("", engine):
+        printer.warn(f"the engine is {engine} and was {before} so far: the end may differ by rounding from what it was")
     full_batches = count // config.batch_size
     together = min(config.steps_per_replay or REPLAYED_STEPS, full_batches) if "graph" in engine else 1
     draw = data.draw_epoch(config.seed, 0, count, flip=run.dataset.flip)
     batch = tree.to(next(data.batches(draw, config.batch_size)), run.device)
-    pictures = next(data.batches(run.dataset.test, config.eval_batch_size))
+    pictures = next(data.batches(run.dataset.test, run.eval_batch_size))
     step, eval_step, started = run.step, run.eval_step, time.perf_counter()
     try:
         if engine.startswith("compiled"):
@@ -465,7 +498,7 @@ def start_engine(run: Run, printer: Printer) -> None:
             raise OSError(f"--engine: {engine} does not work here, eager does without: {reason}") from None
         printer.warn(f"the engine {engine} does not work here, going on with eager: {reason}")
         engine, together, step, eval_step = "eager", 1, training.scan(run.step, config.batch_size), run.eval_step
-    run.step, run.eval_step, run.steps_per_replay = step, eval_step, together
+    run.step, run.eval_step, run.steps_per_replay, run.progress.engine = step, eval_step, together, engine
     details = [engine, run.precision]
     if "graph" in engine:
         details.append(f"{together} steps a graph")
@@ -490,8 +523,8 @@ def carry_out(run: Run, interrupts: Interrupts, printer: Printer) -> int:
         raise
     finally:
         reporter.event("end", code=code)
-        if reporter.tracker is not None and run.progress.best_epoch and run.saved and code < 128:
-            aliases = ["best", f"epoch-{run.progress.best_epoch}"]
+        if reporter.tracker is not None and run.owns_path and run.saved_best_epoch and interrupts.received is None:
+            aliases = ["best", f"epoch-{run.saved_best_epoch}"]
             reporter.tracker.log_model(run.config.checkpoint_path, f"model-{reporter.tracker.id}", aliases)
         reporter.close(code, lambda: interrupts.received is not None)
     if code < 128 and interrupts.received is not None:
@@ -655,7 +688,9 @@ def finish_epoch(
         progress.best_accuracy, progress.best_epoch = chosen_by, progress.epoch + 1
         run.best = tree.clone((run.state.params, run.state.batch_stats))
     seconds = time.perf_counter() - started
-    row |= {"learning_rate": rate, "epoch_time": seconds, "images_per_second": pace.average}
+    row |= {"learning_rate": rate, "epoch_time": seconds}
+    if pace.average:
+        row["images_per_second"] = pace.average
     row |= {"best_accuracy": progress.best_accuracy, "best_epoch": progress.best_epoch}
 
     progress.history.append(row)
@@ -670,13 +705,15 @@ def finish_epoch(
     if saves:
         save(run, reporter)
 
+    # An epoch that was stopped in its evaluation has no batch left to train on.
+    speed = f"{pace.average:,.0f} images/s  " if pace.average else ""
     val = f"val {row['val/accuracy']:.2f} %  " if "val/accuracy" in row else ""
     outcome = ["new best"] if is_best else []
     if saves:
         outcome.insert(0, f"saved {config.checkpoint_path}" if run.saved else "NOT SAVED")
     reporter.printer.say(
         f"epoch {progress.epoch}/{config.epochs}  train {train_accuracy:.2f} %  {val}test {test_accuracy:.2f} %  "
-        f"test loss {test_loss:.4f}  lr {rate:.6g}  {seconds:.1f} s  {pace.average:,.0f} images/s  "
+        f"test loss {test_loss:.4f}  lr {rate:.6g}  {seconds:.1f} s  {speed}"
         f"{best_so_far(progress)}  {' with a '.join(outcome)}".rstrip()
     )
     if reporter.tracker is not None:
@@ -689,19 +726,23 @@ def best_so_far(progress: Progress) -> str:
 
 
 def stop(run: Run, number: int, reporter: Reporter) -> int:
-    """Saves after a signal; returns the exit code that a shell expects then.
+    """Saves after a signal; returns the exit code that a shell expects then, or that of a failure.
 
     Raises:
         FloatingPointError: The state is not finite. Nothing was saved.
     """
     name = signal.Signals(number).name
     save(run, reporter)
-    where = f"epoch {run.progress.epoch + 1}, batch {run.progress.batch}"
+    is_over = run.progress.epoch == run.config.epochs
+    where = "the end" if is_over else f"epoch {run.progress.epoch + 1}, batch {run.progress.batch}"
     reporter.event("stopped", signal=name, step=run.steps_done)
-    if run.saved:
-        reporter.printer.warn(f"stopped by {name} at {where}; saved {run.config.checkpoint_path}, go on with --resume")
-    else:
+    if not run.saved:
         reporter.printer.warn(f"stopped by {name} at {where}; this could not be saved")
+        return EXIT_FAILED
+    if is_over:
+        reporter.printer.warn(f"stopped by {name} after the training was over; saved {run.config.checkpoint_path}")
+    else:
+        reporter.printer.warn(f"stopped by {name} at {where}; saved {run.config.checkpoint_path}, go on with --resume")
     return 128 + number
 
 
@@ -714,7 +755,7 @@ def evaluate(run: Run, images: data.Images, interrupts: Interrupts) -> tuple[flo
     """
 
     def batches() -> Iterator[data.Images]:
-        for batch in data.batches(images, run.config.eval_batch_size):
+        for batch in data.batches(images, run.eval_batch_size):
             interrupts.check()
             yield batch
 
@@ -740,9 +781,12 @@ def save(run: Run, reporter: Reporter) -> None:
     read_metrics(run)
     check_finite(run)
     path = Path(run.config.checkpoint_path)
+    if reporter.tracker is not None:
+        run.progress.handed_over = reporter.handed_over
     trees = {
         "state": run.state,
-        "best": run.best,
+        # Before the first epoch is over, what there is so far.
+        "best": run.best if run.progress.best_epoch else (run.state.params, run.state.batch_stats),
         "epoch_totals": run.epoch_totals,
         "report_totals": run.report_totals,
         "normalization": run.normalization,
@@ -758,8 +802,14 @@ def save(run: Run, reporter: Reporter) -> None:
     try:
         path.resolve().parent.mkdir(parents=True, exist_ok=True)
         aside = run.aside if path.exists() and not run.owns_path else None
-        checkpoint.save(path, trees, notes, keep_old_as=aside)
+        try:
+            checkpoint.save(path, trees, notes, keep_old_as=aside)
+        except FileExistsError:
+            # Another run has begun under that name in the meantime.
+            aside = free_name(path)
+            checkpoint.save(path, trees, notes, keep_old_as=aside)
         run.saved = run.owns_path = True
+        run.saved_best_epoch = run.progress.best_epoch
         if aside is not None:
             reporter.printer.say(f"kept the earlier run of {path} as {aside}")
     except OSError as error:
@@ -776,9 +826,7 @@ def read_checkpoint(config: Config) -> checkpoint.Checkpoint:
         ValueError: It is damaged, or the command line asks for another run than the one in it.
     """
     previous = checkpoint.load(config.checkpoint_path)
-    missing = {"config", "progress", "classes", "data"} - previous.notes.keys()
-    if missing or previous.notes["progress"].keys() != {item.name for item in dataclasses.fields(Progress)}:
-        raise ValueError(f"--resume: {config.checkpoint_path} was not written by this version of train.py")
+    check_notes(previous.notes, config.checkpoint_path)
     before, now = previous.notes["config"], dataclasses.asdict(config)
     different = [
         f"--{name.replace('_', '-')} is {now[name]}, was {before.get(name)}"
@@ -787,12 +835,43 @@ def read_checkpoint(config: Config) -> checkpoint.Checkpoint:
     ]
     if different:
         raise ValueError(f"--resume: {config.checkpoint_path} holds another run: {'; '.join(different)}")
-    done = previous.notes["progress"]["epoch"]
-    if config.epochs < done:
+    if config.epochs < before["epochs"]:
         raise ValueError(
-            f"--epochs: got {config.epochs}, but the run in {config.checkpoint_path} has done {done} already"
+            f"--epochs: got {config.epochs}, but the run in {config.checkpoint_path} is one of {before['epochs']}, and "
+            "may only be prolonged"
         )
     return previous
+
+
+def check_notes(notes: dict[str, Any], path: str) -> None:
+    """Raises a ValueError for notes that this train.py does not write: of another version, or made up."""
+    fields = {item.name: item.type for item in dataclasses.fields(Progress)}
+    progress, config = notes.get("progress"), notes.get("config")
+    numbers = int | float
+    fine = (
+        isinstance(config, dict)
+        and isinstance(config.get("epochs"), int)
+        and isinstance(notes.get("classes"), list)
+        and isinstance(notes.get("data"), str)
+        and isinstance(progress, dict)
+        and progress.keys() == fields.keys()
+        and all(isinstance(progress[name], kind) for name, kind in fields.items() if kind in (int, str))
+        and all(isinstance(progress[name], numbers) for name, kind in fields.items() if kind is float)
+        and isinstance(progress["wandb_id"], str | None)
+        and isinstance(progress["history"], list)
+        and len(progress["history"]) == progress["epoch"] <= config["epochs"]
+        and progress["batch"] >= 0
+        and isinstance(progress["handed_over"], list)
+        and [isinstance(number, int) for number in progress["handed_over"]] == [True, True]
+    )
+    if fine:
+        assert isinstance(progress, dict)  # for the type checker
+        for epoch, row in enumerate(progress["history"], 1):
+            # The columns that a run always has; what else there is may be shown, and so must be numbers.
+            fine &= isinstance(row, dict) and row.get("epoch") == epoch and row.keys() >= EPOCH_COLUMNS
+            fine = fine and all(isinstance(value, numbers) for value in row.values())
+    if not fine:
+        raise ValueError(f"--resume: {path} was not written by this version of train.py")
 
 
 def restore(run: Run, previous: checkpoint.Checkpoint) -> None:
@@ -816,7 +895,11 @@ def restore(run: Run, previous: checkpoint.Checkpoint) -> None:
     run.epoch_totals = checkpoint.restore(previous, "epoch_totals", run.epoch_totals)
     run.report_totals = checkpoint.restore(previous, "report_totals", run.report_totals)
     run.progress = Progress(**previous.notes["progress"])
-    run.owns_path = True
+    run.progress.handed_over = (run.progress.handed_over[0], run.progress.handed_over[1])  # JSON knows lists only
+    run.owns_path, run.saved_best_epoch = True, run.progress.best_epoch
+    finite = all(bool(leaf.isfinite().all()) for leaf in tree.leaves((run.state, run.epoch_totals, run.report_totals)))
+    if run.progress.batch > run.batch_count or int(run.state.step) != run.steps_done or not finite:
+        raise ValueError(f"--resume: {run.config.checkpoint_path} was not written by this version of train.py")
 
 
 def check_writable(path: Path) -> None:
@@ -825,15 +908,21 @@ def check_writable(path: Path) -> None:
     Raises:
         ValueError: Nothing can be written there.
     """
-    folder = path.resolve().parent
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
     try:
-        # As long a name as the one that a save writes to first.
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.", suffix=".tmp"):
-            pass
+        folder = path.resolve().parent
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        # As long a name as any that the run will write to.
+        longest = temporary_name(folder / numbered(beside(path, journal.ENDING), 10**4).name)
+        with open(longest, "xb"):
+            longest.unlink()
     except OSError as error:
         raise ValueError(f"--checkpoint-path: nothing can be written at {path}: {error}") from None
+
+
+def journal_beside(config: Config) -> Path:
+    """The journal of the run at the checkpoint's path."""
+    return beside(Path(config.checkpoint_path).resolve(), journal.ENDING)
 
 
 def build_model(config: Config, num_classes: int) -> hf.Model:
@@ -894,24 +983,29 @@ def start_reporting(run: Run, printer: Printer) -> Reporter:
     """Opens what stands beside the checkpoint, and starts or continues the run on Weights & Biases."""
     config, progress = run.config, run.progress
     path = Path(config.checkpoint_path).resolve()
-    journal_path, picture = beside(path, journal.ENDING), beside(path, ".png")
+    journal_path, picture = journal_beside(config), beside(path, ".png")
     resumed, rows, before = run.owns_path, [], []
+    number = free_number(path, journal_path, picture)
+    run.aside = numbered(path, number)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(picture)
         if resumed:
             rows, before = journal.go_on(
-                journal_path, progress.run, step=run.steps_done, epoch=progress.epoch, history=progress.history
+                journal_path,
+                progress.run,
+                step=run.steps_done,
+                epoch=progress.epoch,
+                history=progress.history,
+                warn=printer.warn,
             )
         else:
-            number = free_number(path, journal_path, picture)
-            run.aside = numbered(path, number)
             for old in (journal_path, picture):
                 if old.exists():
                     old.rename(numbered(old, number))
     except OSError as error:
         printer.warn(f"could not write {journal_path}: {error}")
-    handed = handed_over(before, progress.wandb_id)
+    handed = handed_over(before, progress.wandb_id) or progress.handed_over
     tracker = start_tracking(run, printer)
     title = (
         f"{describe_network(config)} on {config.dataset}, batch {config.batch_size}, {config.optimizer} {config.lr:g}"
@@ -935,12 +1029,12 @@ def start_tracking(run: Run, printer: Printer) -> tracking.Tracker | None:
     """Starts, or continues, the run on Weights & Biases."""
     config, progress = run.config, run.progress
     mode = config.wandb_mode
-    if config.no_wandb or mode == "disabled" or (mode == "auto" and os.environ.get("WANDB_MODE") == "disabled"):
+    if config.no_wandb or mode == "disabled" or (mode == "auto" and tracking.turned_off()):
         return None
     resume = progress.wandb_id is not None
     progress.wandb_id = progress.wandb_id or tracking.new_run_id()
-    from_environment = config.wandb_project == DEFAULT_PROJECT and os.environ.get("WANDB_PROJECT")
     name = f"hypernetworks_b{config.batch_size}_lr{config.lr}_e{config.epochs}"
+    from_environment = config.wandb_project == DEFAULT_PROJECT and os.environ.get("WANDB_PROJECT")
     total = hf.num_params(run.state.params)
     tracker = tracking.Tracker(
         progress.wandb_id,

@@ -59,6 +59,7 @@ class Printer:
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
     def _print(self, line: str, stream: Any) -> None:
+        line = line.replace("\n", "\\n")  # a path may hold that too
         if self._console is not None:
             # Above the live display, if there is one. As it is: rich would colour numbers and break lines.
             self._console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
@@ -110,10 +111,16 @@ class Printer:
     @contextlib.contextmanager
     def _live(self, *columns: Any) -> Iterator[Progress]:
         progress = Progress(*columns, console=self._console, transient=True, refresh_per_second=REFRESHES_A_SECOND)
-        with progress:
+        # A terminal that is gone does not end a run, neither here nor in `say`.
+        with contextlib.suppress(OSError):
+            progress.start()
             # A process that is killed could not bring it back.
             progress.console.show_cursor(True)
+        try:
             yield progress
+        finally:
+            with contextlib.suppress(OSError):
+                progress.stop()
 
 
 class TrainingBars:
@@ -130,7 +137,9 @@ class TrainingBars:
     def begin_epoch(self, epoch: int, batch: int) -> None:
         """Starts the bar of an epoch, counted from 0, that goes on after so many batches."""
         if self._progress is not None:
-            self._progress.reset(self._epoch, description=f"epoch {epoch + 1}/{self._epochs}", completed=batch)
+            self._progress.reset(
+                self._epoch, description=f"epoch {epoch + 1}/{self._epochs}", completed=batch, figures=""
+            )
             self._progress.update(self._run, completed=epoch * self._batches + batch)
 
     def move(self, epoch: int, batch: int) -> None:

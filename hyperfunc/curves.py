@@ -350,10 +350,14 @@ class Painter:
         self._next = {"rows": list(rows), "title": title, "output": os.path.abspath(output)}
         self._advance()
 
-    def close(self, patience: float) -> None:
+    def close(self, patience: float, give_up: Callable[[], bool] = lambda: False) -> None:
         """Asks for what is still to be drawn, and waits for it, but at most `patience` seconds in all.
 
         What is not ready by then is finished all the same, unless the process is killed: it ends by itself.
+
+        Args:
+            patience: In seconds.
+            give_up: Asked again and again; True ends the waiting.
         """
         if self._closed:
             return
@@ -361,10 +365,12 @@ class Painter:
         deadline = time.monotonic() + patience
         if self._process is not None or patience > 0:
             self._advance(queue=True)
-        while self._in_work and (left := deadline - time.monotonic()) > 0:
-            self._wait(left)
+        while self._in_work and (left := deadline - time.monotonic()) > 0 and not give_up():
+            self._wait(min(left, 0.1))
             self._advance(queue=True)
-        if self._in_work and patience > 0 and not self._warned:
+        if self._in_work and give_up():
+            deadline = time.monotonic()
+        elif self._in_work and patience > 0 and not self._warned:
             self._warn(f"the picture of the curves is not ready after {patience:g} s; it is being finished alone")
         self._leave(deadline)
 
@@ -465,7 +471,7 @@ class Painter:
         poll.register(answers, select.POLLIN)
         if self._unsent:
             poll.register(requests, select.POLLOUT)
-        poll.poll(math.ceil(1000 * min(seconds, 60)))
+        poll.poll(math.ceil(1000 * seconds))
 
     def _pipes(self) -> tuple[int, int]:
         """The descriptors for requests and answers."""

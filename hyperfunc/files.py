@@ -5,12 +5,13 @@ other byte of the file, so that damage anywhere is noticed; safetensors by itsel
 """
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from torch import Tensor
 
 _NO_DIGEST = "0" * 64
 _HEADER_LENGTH_BYTES = 8
+
+CHECKPOINT_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
 
 def write_tensors(
@@ -38,9 +41,10 @@ def write_tensors(
         path: The file; its folder must exist. Of a symbolic link the target is written.
         tensors: Dense tensors by name, from any device.
         metadata: Anything that JSON can hold; numbers must be finite.
-        keep_old_as: A name, not yet taken, under which the file that stands there now is kept.
+        keep_old_as: A name under which the file that stands there now is kept.
 
     Raises:
+        FileExistsError: The name `keep_old_as` is taken.
         OSError: The file cannot be written (no room, no permission); the old file stands as it was.
     """
     dense = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -56,12 +60,15 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         OSError: The file cannot be read.
         ValueError: It is damaged, or was not written by `write_tensors`.
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path} is not a regular file")  # and reading it may never end
     content = Path(path).read_bytes()
     try:
         header_end = _header_end(content)
         header = json.loads(content[_HEADER_LENGTH_BYTES:header_end])["__metadata__"]
         found, metadata = header["sha256"], json.loads(header["hyperfunc"])
-    except (KeyError, TypeError, ValueError, RecursionError):
+        metadata.items()
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         if content.startswith((b"PK\x03\x04", b"\x80")):
             raise ValueError(
                 f"{path} is a pickle, as torch.save writes it, and not a file of hyperfunc; it is not opened"
@@ -78,20 +85,24 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 def write_bytes(path: str | os.PathLike[str], content: bytes, *, keep_old_as: Path | None = None) -> None:
     """Writes a file of any content as `write_tensors` does."""
     path = Path(path).resolve()
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_name(path)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    leftovers = [temporary]
     try:
         with os.fdopen(descriptor, "wb") as file:
+            with contextlib.suppress(OSError):
+                # Who may read a file is for its owner to say, once it is there.
+                os.fchmod(descriptor, stat.S_IMODE(path.stat().st_mode))
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         if keep_old_as is not None:
             _keep(path, keep_old_as)
+            leftovers.append(keep_old_as)
         os.replace(temporary, path)
     except BaseException:
-        for leftover in (temporary, keep_old_as):
-            if leftover is not None:
-                leftover.unlink(missing_ok=True)
+        for leftover in leftovers:
+            leftover.unlink(missing_ok=True)
         raise
     # Without this the rename itself may be lost in a power cut. Some file systems cannot do it, and the file is there.
     with contextlib.suppress(OSError):
@@ -102,10 +113,17 @@ def write_bytes(path: str | os.PathLike[str], content: bytes, *, keep_old_as: Pa
             os.close(folder)
 
 
+def temporary_name(path: Path) -> Path:
+    """Where `path` is written to first; `sweep` knows the pattern."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 def beside(path: Path, ending: str) -> Path:
-    """The name of another file of the same run: run.png or run.metrics.jsonl for run.pth."""
-    is_ending = path.suffix not in (".png", ".jsonl") and not path.suffix[1:].isdigit()
-    return path.with_name((path.stem if is_ending else path.name) + ending)
+    """The name of another file of the same run: run.png or run.metrics.jsonl for run.pth.
+
+    Only what is usual for a checkpoint is cut off, so that run.seed1 and run.seed2 do not share their other files.
+    """
+    return path.with_name((path.stem if path.suffix in CHECKPOINT_ENDINGS else path.name) + ending)
 
 
 def numbered(path: Path, number: int) -> Path:
@@ -133,8 +151,10 @@ def sweep(path: str | os.PathLike[str]) -> None:
     Only for who holds the lock for `path`: another's write in progress looks just the same.
     """
     path = Path(path).resolve()
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+    for leftover in path.parent.glob(".*.tmp"):
+        if ours.fullmatch(leftover.name):
+            leftover.unlink(missing_ok=True)
 
 
 def lock_for(path: str | os.PathLike[str]) -> FileLock:
@@ -163,8 +183,11 @@ def _with_digest(content: bytes, digest: str, old: str = _NO_DIGEST) -> bytes:
 
 
 def _keep(path: Path, under: Path) -> None:
-    """Gives a file a second name; where the file system has no such thing, a copy."""
+    """Gives a file a second name; where the file system has no such thing, a copy. Never overwrites another."""
     try:
         os.link(path, under)
+    except FileExistsError:
+        raise
     except OSError:
-        shutil.copyfile(path, under)
+        with open(path, "rb") as old, open(under, "xb") as new:
+            shutil.copyfileobj(old, new)

@@ -4,12 +4,17 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Ctrl-C; what `kill` and schedulers send; what schedulers send ahead of a time limit; a terminal that is closed."""
+
+
+TWINS_SECONDS = 0.5
+"""Within which of the first signal another one is not taken for impatience."""
 
 
 class Interrupted(Exception):
@@ -24,7 +29,8 @@ class Interrupts:
     """While entered, turns `SIGNALS` into a note to look at between two steps.
 
     Before `defer` is called there is nothing in hand, and a signal ends the process; so does a second one after that,
-    because whoever asks twice does not want to wait. A thread does this, woken by the interpreter's own handler: the
+    because whoever asks twice does not want to wait. Signals in quick succession count as one: service managers and
+    shells send pairs of them. A thread does this, woken by the interpreter's own handler: the
     main thread may be in a call into C for seconds (resolving a name, compiling), and runs no handler meanwhile; nor
     could an exception come up there in the middle of code that loses it.
 
@@ -69,6 +75,7 @@ class Interrupts:
             raise Interrupted(self.received)
 
     def _watch(self, read: int) -> None:
+        first_at = 0.0
         while signaled := os.read(read, 1):
             number = signaled[0]
             if number not in SIGNALS:
@@ -78,9 +85,12 @@ class Interrupts:
                     # Below a bar that may stand there.
                     os.write(2, f"{os.linesep * os.isatty(2)}{self._farewell(number)}{os.linesep}".encode())
                 exit_at_once(number)
-            if self.received is not None:
+            if self.received is None:
+                self.received, first_at = number, time.monotonic()
+            elif time.monotonic() - first_at > TWINS_SECONDS:
+                with contextlib.suppress(OSError):
+                    os.write(2, f"stopped at once by {signal.Signals(number).name}{os.linesep}".encode())
                 exit_at_once(number)
-            self.received = number
         os.close(read)
 
 

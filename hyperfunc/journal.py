@@ -6,16 +6,14 @@ A report has the `step` and an epoch the `epoch` that it is about; a run that go
 is about to do again, and so has each once.
 """
 
-import contextlib
-import glob
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hyperfunc.files import free_name, write_bytes
+from hyperfunc.files import free_name, numbered, write_bytes
 
 Row = dict[str, Any]
 
@@ -52,19 +50,33 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: A line is not a JSON object with a "kind".
+        ValueError: A line is not a row: a JSON object with a "kind", a report with its step, an epoch with its number.
     """
-    rows: list[Row] = []
+    rows = _read_lines(path)
+    bad = next((number for number, row in enumerate(rows, 1) if row is None), None)
+    if bad is not None:
+        raise ValueError(f"{path} is not a journal of a run: line {bad} is not a row of one")
+    return [row for row in rows if row is not None]
+
+
+def _read_lines(path: str | os.PathLike[str]) -> list[Row | None]:
+    """What stands in each whole line: a row, or None for what is none."""
+    rows: list[Row | None] = []
     *lines, _torn = Path(path).read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
+    for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
-            raise ValueError(f"{path} is not a journal of a run: line {number} is not a JSON object with a kind")
-        rows.append(row)
+        rows.append(row if _is_row(row) else None)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+        return False
+    needed = {"report": "step", "epoch": "epoch"}.get(row["kind"])
+    return needed is None or isinstance(row.get(needed), int)
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -76,32 +88,55 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     write_bytes(path, b"".join(_line(row) for row in rows))
 
 
-def go_on(path: Path, run: str, *, step: int, epoch: int, history: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+def go_on(
+    path: Path, run: str, *, step: int, epoch: int, history: Iterable[Row], warn: Callable[[str], None]
+) -> tuple[list[Row], list[Row]]:
     """Makes the journal at `path` that of a run which goes on from a checkpoint; returns its rows, after and before.
 
     The reports after `step` and the epochs after `epoch` are cut off. If the file is another run's, because one was
-    begun at the same place and came to nothing, the right one is looked for under the numbered names beside it; what is
+    begun at the same place and came to nothing, the right one is copied from the numbered names beside it; what is
     nowhere to be found is made up for by the checkpoint's own `history`.
+
+    Args:
+        path: The journal.
+        run: The run's id.
+        step: That the checkpoint stands at.
+        epoch: Epochs that the checkpoint has done.
+        history: Its rows of those.
+        warn: Is told, in a line, of what in the journal cannot be read and is left out.
 
     Raises:
         OSError: It cannot be written.
     """
     before: list[Row] = [{"kind": "start", "run": run}]
     found_at = None
-    for candidate in (path, *sorted(path.parent.glob(glob.escape(path.name.partition(".")[0]) + ".*"))):
-        with contextlib.suppress(OSError, ValueError):
-            if candidate.name.endswith(ENDING) and run_of(found := read_rows(candidate)) == run:
-                before, found_at = found, candidate
-                break
+    for candidate in _candidates(path):
+        try:
+            lines = _read_lines(candidate)
+        except OSError:
+            continue
+        found = [row for row in lines if row is not None]
+        if run_of(found) == run:
+            before, found_at = found, candidate
+            if len(found) < len(lines):
+                warn(f"{candidate}: {len(lines) - len(found)} lines that are no rows of a journal were left out")
+            break
     rows = until(before, step=step, epoch=epoch)
     known = {row["epoch"] for row in rows if row["kind"] == "epoch"}
     rows += [{"kind": "epoch", **row} for row in history if row["epoch"] not in known]
     if found_at != path and path.exists():
         path.rename(free_name(path))
     write_rows(path, rows)
-    if found_at not in (None, path):
-        found_at.unlink()
     return rows, before
+
+
+def _candidates(path: Path) -> Iterator[Path]:
+    """The journal's own name, and the numbered ones that there are."""
+    yield path
+    number = 1
+    while (other := numbered(path, number)).exists():
+        yield other
+        number += 1
 
 
 def run_of(rows: Iterable[Row]) -> str | None:

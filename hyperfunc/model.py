@@ -210,6 +210,8 @@ def from_recipe(recipe: Mapping[str, Any], module: nn.Module | None = None) -> M
         ValueError: The recipe is of another function, or of `hyperize` and `module` is missing, or the other way
             round; or the function refuses an argument.
     """
+    if not isinstance(recipe, Mapping):
+        raise ValueError(f"recipe: got {recipe!r}, expected what Model.recipe holds")
     arguments = dict(recipe)
     function = arguments.pop("function", None)
     functions = {"hyper_resnet": hyper_resnet, "resnet": resnet, "hyperize": hyperize}

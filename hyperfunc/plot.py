@@ -200,14 +200,26 @@ def read_history(path: str | os.PathLike[str]) -> list[journal.Row]:
     if _is_journal(path):
         rows = [row for row in journal.read_rows(path) if row["kind"] == "epoch"]
     else:
-        rows = checkpoint.load(path).notes.get("progress", {}).get("history")
-        if rows is None:
+        progress = checkpoint.load(path).notes.get("progress")
+        rows = progress.get("history") if isinstance(progress, dict) else None
+        if not isinstance(rows, list):
             raise ValueError(f"{path} is no checkpoint of a run of train.py, and has no history of epochs")
-    if not all(isinstance(row.get("epoch"), int) for row in rows):
-        raise ValueError(f"{path} is damaged: a row of an epoch does not say which")
+    for number, row in enumerate(rows, 1):
+        _check_epoch(row, f"{path} is damaged: epoch row {number}")
     if not rows:
         raise ValueError(f"{path} has no finished epoch yet")
     return rows
+
+
+def _check_epoch(row: Any, where: str) -> None:
+    """Raises a ValueError that begins with `where` for what no epoch of a run looks like."""
+    if not isinstance(row, dict) or not isinstance(row.get("epoch"), int):
+        raise ValueError(f"{where} does not say which it is")
+    for name, value in row.items():
+        if name != "kind" and not isinstance(value, int | float | None):
+            raise ValueError(f"{where} has {value!r} as {name}, expected a number")
+    if row.get("best_epoch") and row.get("best_accuracy") is None:
+        raise ValueError(f"{where} has a best epoch, but no best accuracy")
 
 
 def distinguishing_names(paths: Sequence[str]) -> list[str]:

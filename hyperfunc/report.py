@@ -19,6 +19,9 @@ STOP_SECONDS = 2.5
 TRACKING = "tracking"
 """The event from which on rows are handed to a tracker, with its id and what it had before."""
 
+TRACKING_ENDED = "tracking ended"
+"""The event of a tracker that failed, with its id and what it had then."""
+
 _TRACKED: dict[str, tuple[str, ...] | None] = {
     "report": ("step", "batch/loss", "batch/accuracy", "learning_rate"),
     "epoch": None,
@@ -57,6 +60,7 @@ class Reporter:
         self._picture = picture
         self._title = title
         self._handed_over = {"report": handed_over[0], "epoch": handed_over[1]}
+        self._had_before = dict(self._handed_over)
         if tracker is not None:
             self.event(TRACKING, wandb=tracker.id, step=handed_over[0], epoch=handed_over[1])
 
@@ -69,12 +73,14 @@ class Reporter:
         """Hands a row to the tracker alone, unless it is there already."""
         if self.tracker is None:
             return
+        number = row["step" if kind == "report" else "epoch"]
         if self.tracker.stopped:
-            self.event("tracking ended", wandb=self.tracker.id)
+            self._note_end_of_tracking()
             self.tracker = None
-        elif row["step" if kind == "report" else "epoch"] > self._handed_over[kind]:
+        elif number > self._handed_over[kind]:
             columns = _TRACKED[kind] or row
-            self.tracker.log({column: row[column] for column in columns})
+            self.tracker.log({column: row[column] for column in columns}, (kind, number))
+            self._handed_over[kind] = number
 
     def event(self, what: str, **details: Any) -> None:
         """Notes what happened."""
@@ -98,24 +104,42 @@ class Reporter:
             give_up: Asked again and again while there is something to wait for.
         """
         stopped = code >= 128
-        self._painter.close(0 if stopped else LAST_PICTURE_SECONDS)
+        self._painter.close(0 if stopped else LAST_PICTURE_SECONDS, give_up)
         if self.tracker is not None:
             self.tracker.finish(code, STOP_SECONDS if stopped else PATIENCE_SECONDS, give_up)
+            self._note_end_of_tracking()
+
+    @property
+    def handed_over(self) -> tuple[int, int]:
+        """What the tracker's run has: the last `step` of a report and the last `epoch`."""
+        return self._handed_over["report"], self._handed_over["epoch"]
+
+    def _note_end_of_tracking(self) -> None:
+        """What was handed to a tracker and never logged is not there, and is to be logged by a run that goes on."""
+        assert self.tracker is not None
+        if self.tracker.failed:
+            self._handed_over = {
+                kind: min(last, max(self._had_before[kind], self.tracker.logged.get(kind, 0)))
+                for kind, last in self._handed_over.items()
+            }
+            step, epoch = self.handed_over
+            self.event(TRACKING_ENDED, wandb=self.tracker.id, step=step, epoch=epoch)
 
 
-def handed_over(rows: list[Row], tracked_as: str | None) -> tuple[int, int]:
-    """What a journal says was given to a tracker under that id: the last `step` of a report, and the last `epoch`."""
+def handed_over(rows: list[Row], tracked_as: str | None) -> tuple[int, int] | None:
+    """What a journal says was given to a tracker under that id: the last `step` of a report, and the last `epoch`; None
+    where it says nothing of that tracker."""
     step = epoch = 0
-    tracking = False
+    tracking = known = False
     for row in rows:
         kind = row["kind"]
         if kind in ("start", "resume"):
             tracking = False
         elif kind == "event" and row.get("wandb") == tracked_as and "wandb" in row:
-            tracking = row["event"] == TRACKING
-            step, epoch = max(step, row.get("step", 0)), max(epoch, row.get("epoch", 0))
+            known, tracking = True, row["event"] == TRACKING
+            step, epoch = row.get("step", 0), row.get("epoch", 0)
         elif tracking and kind == "report":
             step = max(step, row["step"])
         elif tracking and kind == "epoch":
             epoch = max(epoch, row["epoch"])
-    return step, epoch
+    return (step, epoch) if known else None

@@ -29,6 +29,15 @@ PATIENCE_SECONDS = START_SECONDS + FINISH_SECONDS + 4
 """The most that the end of a program may wait for tracking, whatever happens."""
 
 
+LONGEST_REASON = 300
+"""Characters of an error that its line shows."""
+
+
+def turned_off() -> bool:
+    """Whether the environment says that nothing is to be tracked."""
+    return os.environ.get("WANDB_MODE") == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1")
+
+
 def holds_up_exit() -> bool:
     """Whether Python's end may wait for a server, as what wandb does there can; `os._exit` does not."""
     return "wandb" in sys.modules
@@ -68,6 +77,10 @@ class Tracker:
         self.id = run_id
         self.stopped = False
         """Whether tracking has ended, of itself or by an error; what is logged from then on is lost."""
+        self.failed = False
+        """Whether an error ended it."""
+        self.logged: dict[str, int] = {}
+        """The last number of each kind of rows that wandb has taken."""
         self._init = {**settings, "id": run_id, "resume": "allow" if resume else None}
         self._mode = mode
         self._say = say
@@ -80,10 +93,21 @@ class Tracker:
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
-    def log(self, values: Mapping[str, Any]) -> None:
-        """Logs a row; it must hold the `step` or the `epoch` that its metrics are drawn over."""
+    def log(self, values: Mapping[str, Any], numbered: tuple[str, int] | None = None) -> None:
+        """Logs a row; it must hold the `step` or the `epoch` that its metrics are drawn over.
+
+        Args:
+            values: The row.
+            numbered: Its kind and its number among those, for `logged`.
+        """
         row = dict(values)
-        self._calls.put(lambda run: run.log({key: _as_wandb(value) for key, value in row.items()}))
+
+        def log_row(run: Any) -> None:
+            run.log({key: _as_wandb(value) for key, value in row.items()})
+            if numbered is not None:
+                self.logged[numbered[0]] = numbered[1]
+
+        self._calls.put(log_row)
 
     def summarize(self, values: Mapping[str, float]) -> None:
         """Sets values of the run's summary."""
@@ -141,8 +165,9 @@ class Tracker:
             while (call := self._calls.get()) is not None:
                 call(self._run)
         except Exception as error:
+            self.failed = True
             if not self._given_up:
-                self._warn(f"wandb: {self._what_failed()}: {_first_line(error)}{_later(self._run)}")
+                self._warn(f"wandb: {self._what_failed()}: {_one_line(error)}{_later(self._run)}")
         finally:
             self.stopped = True
 
@@ -156,6 +181,8 @@ class Tracker:
 
         # The failures of wandb's own telemetry are of no interest to who trains.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+        if not os.environ.get("WANDB_MODE", "x"):
+            del os.environ["WANDB_MODE"]  # set to nothing, which wandb takes for the name of a mode
         wandb.setup(wandb.Settings(silent=True))
         mode: Any = None if self._mode == "auto" else self._mode
         why = "as asked for"
@@ -178,7 +205,7 @@ class Tracker:
             # Its service keeps the id of a run that could not be started.
             wandb.teardown(exit_code=1)
             run = wandb.init(**self._init, mode="offline", settings=settings)
-            self._warn(f"wandb: the server cannot be used, the run is kept offline: {_first_line(error)}{_later(run)}")
+            self._warn(f"wandb: the server cannot be used, the run is kept offline: {_one_line(error)}{_later(run)}")
         else:
             if run.offline:
                 self._say(f"wandb        offline, {why}; to send the run later: {_sync_command(run)}")
@@ -212,5 +239,6 @@ def _later(run: Any) -> str:
     return f"; to send it later: {_sync_command(run)}" if run is not None else ""
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} ..."

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"files"},
     "optim": {"tree"},
     "capture": {"tree"},
-    "checkpoint": {"tree", "files"},
+    "checkpoint": {"tree", "files", "flags"},
     "model": {"tree", "hypernet", "tiling", "residual"},
     "model_file": {"checkpoint", "model"},
     "training": {"tree", "data", "model", "optim", "precision"},

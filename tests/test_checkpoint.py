@@ -80,11 +80,12 @@ def test_the_program_prints_what_a_file_holds(tmp_path: Path, capsys: pytest.Cap
 def test_the_program_refuses_what_is_damaged_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint.save(tmp_path / "c", {"x": torch.ones(9)}, {})
     (tmp_path / "c").write_bytes((tmp_path / "c").read_bytes()[:-1])
-    assert describe(tmp_path / "c", capsys)[::2] == (2, f"{tmp_path / 'c'} is damaged: {WRONG_SUM}\n")
+    assert describe(tmp_path / "c", capsys)[::2] == (2, f"{PROGRAM}: {tmp_path / 'c'} is damaged: {WRONG_SUM}\n")
     code, out, err = describe(tmp_path / "nothing", capsys)
     assert (code, out, err.count("\n")) == (2, "", 1)
 
 
+PROGRAM = "python -m hyperfunc.checkpoint"
 WRONG_SUM = "its content does not match the checksum in it"
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from hyperfunc.files import lock_for, read_tensors, sweep, write_tensors
+from hyperfunc.files import beside, lock_for, read_tensors, sweep, temporary_name, write_tensors
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).view(3, 4),
@@ -80,10 +80,38 @@ def test_a_failed_write_leaves_no_second_name(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
-    for name in (".file.pth.abcd.tmp", "file.pth", ".other.abcd.tmp"):
+    others = [".file.metrics.jsonl.0123abcd.tmp", ".file.pth.1.0123abcd.tmp", ".file.pth.mine.tmp", "file.pth"]
+    for name in (".file.pth.0123abcd.tmp", temporary_name(tmp_path / "file.pth").name, *others):
         (tmp_path / name).write_text("")
     sweep(tmp_path / "file.pth")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.abcd.tmp", "file.pth"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == others
+
+
+def test_a_name_under_which_the_old_is_to_be_kept_is_not_overwritten(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "file", {}, {"a": 1})
+    write_tensors(tmp_path / "other", {}, {"a": 2})
+    with pytest.raises(FileExistsError):
+        write_tensors(tmp_path / "file", {}, {"a": 3}, keep_old_as=tmp_path / "other")
+    assert [read_tensors(tmp_path / name)[1] for name in ("file", "other")] == [{"a": 1}, {"a": 2}]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "other"]
+
+
+def test_a_file_keeps_its_permissions(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "file", {}, {"a": 1})
+    (tmp_path / "file").chmod(0o600)
+    write_tensors(tmp_path / "file", {}, {"a": 2})
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_is_no_file_is_not_read() -> None:
+    with pytest.raises(ValueError, match="/dev/zero is not a regular file"):
+        read_tensors("/dev/zero")
+
+
+def test_the_names_of_a_runs_other_files() -> None:
+    names = ["run.pth", "run.seed1", "run.seed2", "m.v1.pth", "run", "run.pt", ".run.pth", "a.1", "a.1.pth"]
+    expected = ["run", "run.seed1", "run.seed2", "m.v1", "run", "run", ".run", "a.1", "a.1"]
+    assert [beside(Path(name), ".png").name for name in names] == [f"{name}.png" for name in expected]
 
 
 def test_a_link_is_written_through(tmp_path: Path) -> None:

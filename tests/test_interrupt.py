@@ -75,12 +75,26 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
     body = (
         "signals.defer()\n"
         "os.kill(os.getpid(), signal.SIGINT)\n"
+        "time.sleep(0.7)\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
         "time.sleep(30)\n"
         "print('still here')"
     )
     done = run_program(body)
-    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "", "")
+    expected = (128 + signal.SIGTERM, "", "stopped at once by SIGTERM\n")
+    assert (done.returncode, done.stdout, done.stderr) == expected
+
+
+def test_signals_that_come_together_are_one() -> None:
+    body = (
+        "signals.defer()\n"
+        "for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):\n"
+        "    os.kill(os.getpid(), number)\n"
+        "time.sleep(0.2)\n"
+        "print(signals.received == signal.SIGTERM)"
+    )
+    done = run_program(body)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
 
 def test_other_signals_are_left_alone() -> None:

@@ -56,7 +56,7 @@ def test_a_file_cut_at_any_byte_is_read_and_gone_on_with(tmp_path: Path, step: i
         path.write_bytes(whole[:length])
         read_rows(path)
         epoch = step // 2
-        found, _ = go_on(path, "r", step=step, epoch=epoch, history=history[:epoch])
+        found, _ = go_on(path, "r", step=step, epoch=epoch, history=history[:epoch], warn=pytest.fail)
         assert read_rows(path) == found
         # Whatever the cut took away, every epoch is there once, and nothing of what comes.
         assert sorted(row["epoch"] for row in found if row["kind"] == "epoch") == list(range(1, epoch + 1))
@@ -84,11 +84,12 @@ def test_the_journal_is_found_again_after_a_run_that_came_to_nothing(tmp_path: P
     path = tmp_path / "run.metrics.jsonl"
     write_rows(tmp_path / "run.1.metrics.jsonl", rows_of_a_run("old"))
     write_rows(path, rows_of_a_run("new", epochs=1))
-    found, before = go_on(path, "old", step=4, epoch=2, history=[])
+    found, before = go_on(path, "old", step=4, epoch=2, history=[], warn=pytest.fail)
     assert before == rows_of_a_run("old")
     assert found == rows_of_a_run("old", epochs=2) == read_rows(path)
     others = sorted(other.name for other in tmp_path.iterdir())
-    assert others == ["run.2.metrics.jsonl", "run.metrics.jsonl"]
+    # It is copied: under that name it may by now be the journal of a run at run.1.pth.
+    assert others == ["run.1.metrics.jsonl", "run.2.metrics.jsonl", "run.metrics.jsonl"]
     assert run_of(read_rows(tmp_path / "run.2.metrics.jsonl")) == "new"
 
 
@@ -99,9 +100,31 @@ def test_a_lost_or_foreign_journal_is_made_up_for_by_the_history(tmp_path: Path)
         path.unlink(missing_ok=True)
         if content is not None:
             path.write_bytes(content)
-        found, _ = go_on(path, "r", step=2, epoch=1, history=history)
+        found, _ = go_on(path, "r", step=2, epoch=1, history=history, warn=pytest.fail)
         assert found == read_rows(path) == [{"kind": "start", "run": "r"}, {"kind": "epoch", **history[0]}]
     assert (tmp_path / "run.2.metrics.jsonl").read_bytes() == b"not a journal\n"
+
+
+def test_the_journal_of_another_run_is_left_alone(tmp_path: Path) -> None:
+    """A checkpoint that was copied has the id of the run that it is a copy of."""
+    write_rows(tmp_path / "run.metrics.jsonl", rows_of_a_run("r"))
+    before = (tmp_path / "run.metrics.jsonl").read_bytes()
+    go_on(tmp_path / "run.copy.metrics.jsonl", "r", step=2, epoch=1, history=[{"epoch": 1}], warn=pytest.fail)
+    assert (tmp_path / "run.metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("bad", ["x", "[1]", "{}", '{"kind":"epoch"}', '{"kind":"report","step":"1"}', "[" * 10**5])
+def test_lines_that_are_no_rows_are_left_out_and_said_to_be(tmp_path: Path, bad: str) -> None:
+    path = tmp_path / "run.metrics.jsonl"
+    write_rows(path, rows_of_a_run("r"))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], bad, *lines[2:], ""]))
+    with pytest.raises(ValueError, match=r"run\.metrics\.jsonl is not a journal of a run: line 3 is not a row of one"):
+        read_rows(path)
+    told: list[str] = []
+    found, _ = go_on(path, "r", step=10**6, epoch=10**6, history=[], warn=told.append)
+    assert found == rows_of_a_run("r")
+    assert told == [f"{path}: 1 lines that are no rows of a journal were left out"]
 
 
 def test_what_a_full_disk_refuses_is_written_later(tmp_path: Path) -> None:
@@ -129,7 +152,7 @@ def test_a_file_that_is_no_journal_is_named(tmp_path: Path) -> None:
     path = tmp_path / "j"
     for content in ("{}\n", "[1]\n", "{\n", '{"kind": 3}\n', "\n"):
         path.write_text('{"kind":"start"}\n' + content)
-        with pytest.raises(ValueError, match="j is not a journal of a run: line 2 is not a JSON object with a kind"):
+        with pytest.raises(ValueError, match="j is not a journal of a run: line 2 is not a row of one"):
             read_rows(path)
     with pytest.raises(FileNotFoundError):
         read_rows(tmp_path / "nothing")

@@ -627,7 +627,7 @@ def test_the_program_writes_what_is_asked_for(
         ([".", "-o", "x.png"], 2, "directory"),
         (["damaged.pth", "-o", "x.png"], 2, "damaged"),
         (["text.txt", "-o", "x.png"], 2, "not a file of hyperfunc"),
-        (["other.jsonl", "-o", "x.png"], 2, "does not say which"),
+        (["other.jsonl", "-o", "x.png"], 2, "line 1 is not a row of one"),
         (["run.pth", "new.pth", "-o", "x.png"], 2, "new.pth has no finished epoch"),
         (["empty.metrics.jsonl", "-o", "x.png"], 2, "no finished epoch"),
         (["net.pth", "-o", "x.png"], 2, "no history"),

@@ -30,9 +30,10 @@ def save(
         path: The file.
         trees: Pytrees by name.
         notes: What else the reader needs.
-        keep_old_as: A name, not yet taken, under which the file that stands at `path` now is kept.
+        keep_old_as: A name under which the file that stands at `path` now is kept.
 
     Raises:
+        FileExistsError: The name `keep_old_as` is taken.
         OSError: The file cannot be written; an older one stands as it was.
     """
     write_tensors(path, named(trees), {"format": FORMAT, "notes": dict(notes)}, keep_old_as=keep_old_as)
@@ -51,7 +52,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         ValueError: It is damaged, or not a checkpoint of this version.
     """
     tensors, metadata = read_tensors(path)
-    if metadata.get("format") != FORMAT or "notes" not in metadata:
+    if metadata.get("format") != FORMAT or not isinstance(metadata.get("notes"), dict):
         raise ValueError(f"{path} has format {metadata.get('format')!r}, this version of hyperfunc reads {FORMAT}")
     return Checkpoint(tensors, metadata["notes"])
 
@@ -63,7 +64,7 @@ def restore(checkpoint: Checkpoint, name: str, like: Any, *, any_dtype: bool = F
         checkpoint: From `load`.
         name: Of the pytree.
         like: A pytree of the same structure and shapes.
-        any_dtype: Whether its dtypes may be others than those of `like`.
+        any_dtype: Whether floating-point numbers may be of another type than those of `like`.
 
     Raises:
         ValueError: The checkpoint's leaves are others than those of `like`; the message names each.
@@ -74,7 +75,8 @@ def restore(checkpoint: Checkpoint, name: str, like: Any, *, any_dtype: bool = F
     differences += [f"{path} is unknown" for path in found if path not in expected]
     for path in expected.keys() & found.keys():
         ours, theirs = expected[path], found[path]
-        if ours.shape != theirs.shape or (ours.dtype != theirs.dtype and not any_dtype):
+        may_differ = any_dtype and ours.is_floating_point() and theirs.is_floating_point()
+        if ours.shape != theirs.shape or (ours.dtype != theirs.dtype and not may_differ):
             differences.append(f"{path} is {tree.describe(theirs)}, expected {tree.describe(ours)}")
     if differences:
         raise ValueError(f"the checkpoint holds another network: {'; '.join(sorted(differences))}")

@@ -1,6 +1,5 @@
 """Prints what a checkpoint holds: python -m hyperfunc.checkpoint FILE"""
 
-import argparse
 import json
 import os
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperfunc import checkpoint, tree
+from hyperfunc.flags import EXIT_BAD_INPUT, Parser
 
 ROWS_SHOWN = 10
 """Of a longer table the first and the last rows are shown, so many in all."""
@@ -72,7 +72,7 @@ def _cell(value: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code: 2 for a file that cannot be read."""
-    parser = argparse.ArgumentParser(prog="python -m hyperfunc.checkpoint", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m hyperfunc.checkpoint", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", help="a checkpoint of train.py, or a file that hyperfunc.save wrote")
     parser.add_argument("--json", action="store_true", help="print the notes as JSON, for programs")
     parser.add_argument("--brief", action="store_true", help="leave the list of tensors out")
@@ -87,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has seen enough, as `head` has; and there is nothing left to flush at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (OSError, ValueError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return 2
+        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     return 0
 
 
