@@ -527,7 +527,7 @@ def carry_out(run: Run, interrupts: Interrupts, printer: Printer) -> int:
             aliases = ["best", f"epoch-{run.saved_best_epoch}"]
             reporter.tracker.log_model(run.config.checkpoint_path, f"model-{reporter.tracker.id}", aliases)
         reporter.close(code, lambda: interrupts.received is not None)
-    if code < 128 and interrupts.received is not None:
+    if code == 0 and interrupts.received is not None:
         printer.warn(f"stopped by {signal.Signals(interrupts.received).name} after the training was over")
         return 128 + interrupts.received
     return code

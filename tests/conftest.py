@@ -1,6 +1,9 @@
 """What all tests share: shape checking of every call into the package, determinism, and the `gpu` mark."""
 
 import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,3 +32,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def generator() -> torch.Generator:
     """A seeded source of randomness."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def run_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """`helpers.run_train` without a process of its own, which takes seconds to import torch."""
+    # Not above: what these import must be imported after the hook.
+    from helpers import train_command
+
+    import train
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags: str) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        code = train.main(train_command(*flags)[2:])
+        return subprocess.CompletedProcess(flags, code, *capsys.readouterr())
+
+    return run

@@ -17,6 +17,9 @@ from hyperfunc import data
 
 ROOT = Path(__file__).resolve().parent.parent
 
+RunHere = Callable[..., "subprocess.CompletedProcess[str]"]
+"""What the fixture `run_here` gives."""
+
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """For processes of the tests: on small networks more threads only wait for each other, above all on a busy machine."""
 
@@ -106,3 +109,19 @@ def interrupt_train(
     process.send_signal(number)
     output += process.communicate(timeout=60)[0]
     return process.returncode, output, time.monotonic() - seen
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], message: str, code: int = 2) -> None:
+    """One line on standard error that says what is wrong, and nothing like a traceback."""
+    assert done.returncode == code, done.stdout + done.stderr
+    assert message in done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("reading ")]
+    assert len(lines) == 1, lines
+
+
+def small(folder: Path, *flags: str) -> list[str]:
+    return ["--dataset", "folder", "--data-dir", str(folder), "--batch-size", "8", "--report-every", "5", *flags]
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())

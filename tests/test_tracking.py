@@ -21,6 +21,7 @@ from helpers import ONE_THREAD, make_folder, run_train, train_command
 from test_console import on_a_terminal
 from wandb_server import Kind, wandb_server
 
+import hyperfunc as hf
 from hyperfunc import checkpoint, journal, tracking
 from hyperfunc.tracking import Tracker
 
@@ -194,6 +195,34 @@ def test_a_run_that_goes_on_has_every_row_once(tmp_path: Path, flags: list[str])
     assert ours == theirs
     assert [row["epoch"] for row in ours if "epoch" in row] == [1, 2, 3, 4, 5]
     assert [row["step"] for row in ours if "batch/loss" in row] == [2, 3, 5, 6, 8, 9, 11, 12, 14, 15]
+
+
+def test_nothing_is_missing_after_a_start_that_failed_nor_doubled_after_the_journal_is_lost(
+    tmp_path: Path, flags: list[str]
+) -> None:
+    failed = tracked(*flags, "--epochs", "1", cwd=tmp_path, env=OFFLINE | {"WANDB_MODE": "foo"})
+    assert failed.returncode == 0
+    assert "wandb: not tracking, training goes on: 1 validation error for Settings mode" in failed.stderr
+    assert "'foo'" in failed.stderr
+    assert tracked(*flags, "--epochs", "2", "--resume", cwd=tmp_path, env=OFFLINE).returncode == 0
+    expected = shown(tmp_path)
+    (tmp_path / "run.metrics.jsonl").unlink()
+    assert tracked(*flags, "--epochs", "3", "--resume", cwd=tmp_path, env=OFFLINE).returncode == 0
+    expected += [row for row in shown(tmp_path) if row not in expected and row["step"] > 6]
+    assert [row for run in runs_in(tmp_path) for row in rows_of(run)] == expected
+    assert [row["epoch"] for row in expected if "epoch" in row] == [1, 2, 3]
+
+
+def test_a_run_that_saved_nothing_has_no_best_model_to_send(tmp_path: Path, flags: list[str]) -> None:
+    """The file that stands at its path is another's."""
+    model = hf.resnet(10)
+    hf.save(tmp_path / "run.pth", model, *model.init(torch.Generator()))
+    done = tracked(*flags, "--lr", "1e20", "--optimizer", "sgd", cwd=tmp_path, env=OFFLINE)
+    assert done.returncode == 1
+    (run,) = runs_in(tmp_path)
+    records = [record for path in run.glob("*.wandb") for record in offline_records(path)]
+    assert records
+    assert not any(record.HasField("artifact") or record.request.HasField("log_artifact") for record in records)
 
 
 def test_the_environment_of_wandb_is_respected(tmp_path: Path, flags: list[str]) -> None:
@@ -425,7 +454,8 @@ def test_an_error_of_wandb_is_told_once_and_ends_tracking(fake_run: FakeRun, sta
     assert tracker.stopped
     assert fake_run.rows == [{"step": 1}]
     assert told == [
-        "wandb: stopped tracking, training goes on: the service is gone; to send it later: wandb sync /runs/offline-abc"
+        "wandb: stopped tracking, training goes on: the service is gone and more; "
+        "to send it later: wandb sync /runs/offline-abc"
     ]
 
 

@@ -8,14 +8,24 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_origin
 
 import pytest
 import torch
-from helpers import assert_trees_equal, interrupt_train, make_folder, run_train, start_train, train_command
+from helpers import (
+    RunHere,
+    assert_refused,
+    assert_trees_equal,
+    interrupt_train,
+    make_folder,
+    names_in,
+    run_train,
+    small,
+    start_train,
+    train_command,
+)
 
 import hyperfunc as hf
 import train
@@ -36,30 +46,6 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run_train(*small(folder, "--epochs", "3"), "--checkpoint-path", "whole.pth", cwd=path)
     assert done.returncode == 0, done.stderr
     return path
-
-
-RunHere = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture
-def run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunHere:
-    """`helpers.run_train` without a process of its own, which takes seconds to import torch."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*flags: str) -> subprocess.CompletedProcess[str]:
-        capsys.readouterr()
-        code = train.main(train_command(*flags)[2:])
-        return subprocess.CompletedProcess(flags, code, *capsys.readouterr())
-
-    return run
-
-
-def small(folder: Path, *flags: str) -> list[str]:
-    return ["--dataset", "folder", "--data-dir", str(folder), "--batch-size", "8", "--report-every", "5", *flags]
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -526,14 +512,6 @@ def test_a_complete_run_has_nothing_to_resume_but_may_be_prolonged(folder: Path,
 
 
 # Bad input
-
-
-def assert_refused(done: subprocess.CompletedProcess[str], message: str, code: int = 2) -> None:
-    """One line on standard error that says what is wrong, and nothing like a traceback."""
-    assert done.returncode == code, done.stdout + done.stderr
-    assert message in done.stderr
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("reading ")]
-    assert len(lines) == 1, lines
 
 
 def test_a_checkpoint_of_another_run_is_refused(folder: Path, tmp_path: Path, run_here: RunHere) -> None:

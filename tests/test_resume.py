@@ -1,0 +1,250 @@
+"""What a run leaves beside others, and what it goes on from."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import RunHere, assert_refused, make_folder, names_in, run_train, small, train_command
+
+import hyperfunc as hf
+import train
+from hyperfunc import checkpoint, files, journal
+from hyperfunc.files import lock_for
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures for three batches of 8 an epoch."""
+    return make_folder(tmp_path_factory.mktemp("pictures"))
+
+
+def seed_of(path: Path) -> int:
+    return checkpoint.load(path).notes["config"]["seed"]
+
+
+# Files beside each other
+
+
+def test_an_earlier_run_is_kept_under_a_name_that_nobody_took_meanwhile(
+    folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = small(folder, "--epochs", "1", "--checkpoint-path", "k.pth")
+    assert run_here(*flags, "--seed", "1").returncode == 0
+    begin = train.train
+
+    def another_comes_first(run: Any, *rest: Any) -> int:
+        (tmp_path / "k.1.pth").write_bytes(b"of another run")
+        return begin(run, *rest)
+
+    monkeypatch.setattr(train, "train", another_comes_first)
+    done = run_here(*flags, "--seed", "2")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "k.1.pth").read_bytes() == b"of another run"
+    assert [seed_of(tmp_path / name) for name in ("k.pth", "k.2.pth")] == [2, 1]
+    assert "as k.2.pth" in done.stdout or f"as {tmp_path}/k.2.pth" in done.stdout
+
+
+def test_runs_of_one_stem_have_files_of_their_own(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    for seed in (1, 2):
+        path = f"run.seed{seed}"
+        assert run_here(*small(folder, "--epochs", "1", "--seed", str(seed), "--checkpoint-path", path)).returncode == 0
+    expected = [f"run.seed{seed}{ending}" for seed in (1, 2) for ending in ("", ".metrics.jsonl", ".png")]
+    assert names_in(tmp_path) == expected
+
+
+def test_a_run_that_would_share_its_journal_is_refused(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    with lock_for(tmp_path / "run.metrics.jsonl"):
+        done = run_here(*small(folder, "--epochs", "1", "--checkpoint-path", "run.ckpt"))
+        assert_refused(done, f"--checkpoint-path: another run is writing to {tmp_path}/run.metrics.jsonl")
+    assert names_in(tmp_path) == []
+
+
+def test_a_name_too_long_for_what_stands_beside_it(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    done = run_here(*small(folder, "--epochs", "1", "--checkpoint-path", "x" * 240))
+    assert_refused(done, "--checkpoint-path: nothing can be written at xxx")
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", ["new/", "new/..", ".."])
+def test_a_path_that_names_no_file(folder: Path, tmp_path: Path, run_here: RunHere, path: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_here(*small(folder, "--checkpoint-path", path))
+    assert ended.value.code == 2
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("redirection", [">&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_not_end_a_run(folder: Path, tmp_path: Path, redirection: str) -> None:
+    command = " ".join(train_command(*small(folder, "--epochs", "1", "--checkpoint-path", "run.pth")))
+    done = subprocess.run(f"{command} {redirection}", shell=True, cwd=tmp_path, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, b"Traceback" in done.stderr) == (0, False)
+    assert checkpoint.load(tmp_path / "run.pth").notes["progress"]["epoch"] == 1
+
+
+def test_a_folder_that_is_gone_when_a_signal_comes(folder: Path, tmp_path: Path) -> None:
+    """The exit code is that of a failure: 143 would say that the run is saved."""
+    (tmp_path / "new").mkdir()
+    body = (
+        "import os, signal, sys, train\n"
+        "begin = train.train\n"
+        "def spoiled(*arguments):\n"
+        "    os.rename('new', 'gone')\n"
+        "    open('new', 'w').close()\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return begin(*arguments)\n"
+        "train.train = spoiled\n"
+        "sys.exit(train.main())"
+    )
+    flags = train_command(*small(folder, "--checkpoint-path", "new/run.pth"))[2:]
+    env = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", body, *flags], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "stopped by SIGTERM at epoch 1, batch 1; this could not be saved" in done.stderr
+
+
+# What is gone on from
+
+
+def forged(
+    path: Path, change: Callable[[dict[str, Any]], None], tensors: dict[str, torch.Tensor] | None = None
+) -> None:
+    """A checkpoint whose checksum is right, with other notes in it."""
+    found = checkpoint.load(path)
+    notes = copy.deepcopy(found.notes)
+    change(notes)
+    files.write_tensors(path, found.tensors | (tensors or {}), {"format": checkpoint.FORMAT, "notes": notes})
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        ("progress", "epoch", "1"),
+        ("progress", "epoch", -1),
+        ("progress", "epoch", 7),
+        ("progress", "batch", 99),
+        ("progress", "batch", -2),
+        ("progress", "batch", 1),
+        ("progress", "history", []),
+        ("progress", "history", [{"a": 1}]),
+        ("progress", "history", [5]),
+        ("progress", "seconds", None),
+        ("progress", "wandb_id", 3),
+        ("progress", "handed_over", [1, "2"]),
+        ("progress", "best_accuracy", [1]),
+        ("config", "epochs", "1"),
+        ("", "progress", [1]),
+        ("", "config", 5),
+        ("", "classes", 5),
+        ("", "data", None),
+    ],
+)
+def test_notes_that_no_run_writes_are_refused(
+    folder: Path, tmp_path: Path, run_here: RunHere, done_once: bytes, where: str, name: str, value: Any
+) -> None:
+    (tmp_path / "run.pth").write_bytes(done_once)
+    forged(tmp_path / "run.pth", lambda notes: (notes[where] if where else notes).update({name: value}))
+    before = (tmp_path / "run.pth").read_bytes()
+    done = run_here(*small(folder, "--epochs", "2", "--checkpoint-path", "run.pth", "--resume"))
+    assert_refused(done, "--resume: run.pth was not written by this version of train.py")
+    assert (tmp_path / "run.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("path", ["state/step", "state/params/primary/head.bias", "epoch_totals/loss"])
+def test_a_state_that_no_run_has_is_refused(
+    folder: Path, tmp_path: Path, run_here: RunHere, done_once: bytes, path: str
+) -> None:
+    (tmp_path / "run.pth").write_bytes(done_once)
+    leaf = checkpoint.load(tmp_path / "run.pth").tensors[path]
+    other = leaf + 1 if path == "state/step" else torch.full_like(leaf, torch.nan)
+    forged(tmp_path / "run.pth", lambda _: None, {path: other})
+    done = run_here(*small(folder, "--epochs", "2", "--checkpoint-path", "run.pth", "--resume"))
+    assert_refused(done, "--resume: run.pth was not written by this version of train.py")
+
+
+def test_parameters_of_another_kind_are_not_loaded(tmp_path: Path, done_once: bytes) -> None:
+    (tmp_path / "run.pth").write_bytes(done_once)
+    path = "best/0/primary/head.bias"
+    leaf = checkpoint.load(tmp_path / "run.pth").tensors[path]
+    forged(tmp_path / "run.pth", lambda _: None, {path: leaf.long()})
+    with pytest.raises(ValueError, match=r"best/0/primary/head.bias is int64\[2\], expected float32\[2\]"):
+        hf.load(tmp_path / "run.pth")
+
+
+@pytest.fixture(scope="module")
+def done_once(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The checkpoint of a run of one epoch."""
+    path = tmp_path_factory.mktemp("once")
+    done = run_train(*small(folder, "--epochs", "1"), "--checkpoint-path", "run.pth", cwd=path)
+    assert done.returncode == 0, done.stderr
+    return (path / "run.pth").read_bytes()
+
+
+def test_a_run_may_be_prolonged_and_not_shortened(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    flags = small(folder, "--checkpoint-path", "run.pth")
+    assert run_here(*flags, "--epochs", "2").returncode == 0
+    assert_refused(
+        run_here(*flags, "--epochs", "1", "--resume"),
+        "--epochs: got 1, but the run in run.pth is one of 2, and may only be prolonged",
+    )
+
+
+def test_a_run_keeps_its_engine(
+    folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = small(folder, "--checkpoint-path", "run.pth")
+    assert "engine       eager, fp32" in run_here(*flags, "--epochs", "1").stdout
+    # A run of that length would be compiled from its start.
+    monkeypatch.setattr(train, "COMPILE_FROM_STEPS", 4)
+    done = run_here(*flags, "--epochs", "2", "--resume")
+    assert "engine       eager, fp32" in done.stdout
+    forged(tmp_path / "run.pth", lambda notes: notes["progress"].update(engine="compiled"))
+    done = run_here(*flags, "--epochs", "3", "--resume", "--engine", "eager")
+    assert done.stderr == (
+        "the engine is eager and was compiled so far: the end may differ by rounding from what it was\n"
+    )
+
+
+def test_a_model_is_loaded_of_a_run_that_was_stopped_in_its_first_epoch(
+    folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What there is to load is what was trained so far, and not the parameters that it began with."""
+
+    def stop_at_once(run: Any, interrupts: Any, reporter: Any) -> int:
+        interrupts.received = 15
+        return train_on(run, interrupts, reporter)
+
+    train_on = train.train
+    monkeypatch.setattr(train, "train", stop_at_once)
+    assert run_here(*small(folder, "--checkpoint-path", "run.pth")).returncode == 143
+    _, params, _ = hf.load(tmp_path / "run.pth")
+    state = checkpoint.load(tmp_path / "run.pth").tensors
+    assert torch.equal(params.primary["head.bias"], state["state/params/primary/head.bias"])
+    assert params.primary["head.bias"].any()  # it begins at zero
+
+
+def test_the_epoch_of_a_stopped_evaluation_has_no_speed(
+    folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = train.evaluate
+
+    def stop_first(run: Any, images: Any, interrupts: Any) -> tuple[float, float]:
+        interrupts.received = 15
+        return evaluate(run, images, interrupts)
+
+    monkeypatch.setattr(train, "evaluate", stop_first)
+    flags = small(folder, "--epochs", "1", "--checkpoint-path", "run.pth")
+    assert run_here(*flags).returncode == 143
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    done = run_here(*flags, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "images/s" not in done.stdout
+    (row,) = [row for row in journal.read_rows(tmp_path / "run.metrics.jsonl") if row["kind"] == "epoch"]
+    assert "images_per_second" not in row
