@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from hyperfunc import tree
 from hyperfunc.model import BatchStats, Model, Params
 from hyperfunc.optim import Optimizer
+from hyperfunc.randomness import drawing_layers, fold_in
 
 Decay = Literal["parameters", "generated"]
 
@@ -56,6 +57,7 @@ def make_train_step(
     load: Load = tuple,
     decay: Decay = "parameters",
     weight_decay: float = 0.0,
+    seed: int = 0,
 ) -> Step:
     """Builds `step(state, batch) -> (new state, metrics)`; the arguments are never written.
 
@@ -69,15 +71,16 @@ def make_train_step(
         load: Makes (images, labels) out of a batch; by default a batch is that pair.
         decay: "generated", or "parameters", where this function leaves the decay to the optimizer.
         weight_decay: Used under decay="generated" alone.
+        seed: Of the model's own randomness, its dropout for example, which is a function of it and of the step.
 
     Raises:
         ValueError: `decay` is unknown, or `weight_decay` is given where it would be ignored.
     """
-    objective = _make_objective(model, decay, weight_decay)
+    objective = _make_objective(model, decay, weight_decay, seed)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         images, labels = load(batch)
-        function = objective(state.batch_stats, images, labels)
+        function = objective(state, images, labels)
         grads, (_, (loss, logits, batch_stats)) = grad_and_value(function, has_aux=True)(state.params)
         params, opt_state = optimizer.update(grads, state.opt_state, state.params, state.step)
         new_state = TrainState(state.step + 1, params, batch_stats, opt_state)
@@ -87,13 +90,13 @@ def make_train_step(
 
 
 def make_gradients(
-    model: Model, *, load: Load = tuple, decay: Decay = "parameters", weight_decay: float = 0.0
+    model: Model, *, load: Load = tuple, decay: Decay = "parameters", weight_decay: float = 0.0, seed: int = 0
 ) -> Callable[[TrainState, Any], Params]:
     """Builds `gradients(state, batch) -> params`, what a train step of the same arguments gives to its optimizer."""
-    objective = _make_objective(model, decay, weight_decay)
+    objective = _make_objective(model, decay, weight_decay, seed)
 
     def gradients(state: TrainState, batch: Any) -> Params:
-        return grad(objective(state.batch_stats, *load(batch)), has_aux=True)(state.params)[0]
+        return grad(objective(state, *load(batch)), has_aux=True)(state.params)[0]
 
     return gradients
 
@@ -138,8 +141,10 @@ Objective = Callable[[Params], tuple[Tensor, tuple[Tensor, Tensor, BatchStats]]]
 """What training descends, and beside it the loss, the logits and the new statistics."""
 
 
-def _make_objective(model: Model, decay: str, weight_decay: float) -> Callable[[BatchStats, Tensor, Tensor], Objective]:
-    """Builds `objective(batch_stats, images, labels)`, which gives the objective on that batch."""
+def _make_objective(
+    model: Model, decay: str, weight_decay: float, seed: int
+) -> Callable[[TrainState, Tensor, Tensor], Objective]:
+    """Builds `objective(state, images, labels)`, which gives the objective on that batch."""
     if decay not in get_args(Decay):
         raise ValueError(f"decay: got {decay!r}, expected one of {', '.join(get_args(Decay))}")
     if decay == "parameters" and weight_decay:
@@ -148,11 +153,15 @@ def _make_objective(model: Model, decay: str, weight_decay: float) -> Callable[[
             "or choose decay='generated'"
         )
 
-    def objective(old_stats: BatchStats, images: Tensor, labels: Tensor) -> Objective:
+    is_random = bool(drawing_layers(model.module))
+
+    def objective(state: TrainState, images: Tensor, labels: Tensor) -> Objective:
         # The batch is closed over: torch.func.grad would wrap arguments, and wrapped statistics are copied one by one.
         def function(params: Params) -> tuple[Tensor, tuple[Tensor, Tensor, BatchStats]]:
             weights = model.weights(params)
-            logits, batch_stats = model.forward(weights, old_stats, images, train=True)
+            # Where nothing is random it goes without: what runs under a seed is looked at call by call.
+            step_seed = fold_in(seed, state.step) if is_random else None
+            logits, batch_stats = model.forward(weights, state.batch_stats, images, train=True, seed=step_seed)
             loss = F.cross_entropy(logits, labels)
             penalty = 0.5 * weight_decay * tree.ravel(weights)[0].square().sum() if weight_decay else 0.0
             return loss + penalty, (loss, logits, batch_stats)
