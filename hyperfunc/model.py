@@ -193,6 +193,12 @@ def hyperize(
     kernels = choose(module, targets, unit)
     values = {name: p.detach().clone() for name, p in module.named_parameters() if name not in kernels}
     buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+    empty = [name for name, value in {**values, **buffers}.items() if value.is_meta]
+    if empty:
+        raise ValueError(
+            f"module: it is on the meta device, without values for {', '.join(empty)}, which are not generated; make "
+            "it on the CPU, or give it values with module.to_empty(device='cpu') and its own initialisation"
+        )
 
     def init_from_module(generator: Generator) -> tuple[dict[str, Tensor], BatchStats]:
         return tree.map(lambda leaf: leaf.to(generator.device, copy=True), (values, buffers))
@@ -316,6 +322,8 @@ def _make_model(
             )
         # functional_call writes new statistics into the tensors that it is given, so it is given copies.
         new_stats = tree.clone(batch_stats)
+        if train:
+            new_stats = tree.mapped_with(new_stats, (weights, args, kwargs))
         with nullcontext() if seed is None else Seeded(seed):
             # Without strict=True a name that the module does not know would be passed over in silence.
             output = functional_call(modules[train], ({**weights, **new_stats},), args, kwargs, strict=True)

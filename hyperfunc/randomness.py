@@ -35,7 +35,7 @@ def drawing_layers(module: nn.Module) -> list[str]:
 
 def fold_in(seed: Seed, number: Seed) -> Seed:
     """Another seed, for the `number`-th of the things that are to be random independently of each other."""
-    return _hash(_state(seed) ^ _state(number))
+    return _hash((_hash(_state(seed)) + _state(number)) & _MASK)
 
 
 class Seeded(TorchFunctionMode):
