@@ -70,8 +70,9 @@ class Model(NamedTuple):
         apply: `apply(params, batch_stats, *args, train, seed=None, **kwargs) -> (output, new batch_stats)`; `args` and
             `kwargs` are the module's own, and the output is whatever it returns. With train=True batch norms use the
             statistics of the batch and update the running ones; with train=False they use the running ones and change
-            nothing. What is random, as dropout is, is a function of `seed` (an int, or a tensor of one); a module with
-            dropout asks for it in training. See `randomness`.
+            nothing. Under a `seed` (an int, or a tensor of one) all that is random, as dropout is, is a function of it.
+            A module with layers of dropout asks for one in training; what a module draws otherwise without one comes
+            from torch's global generator. See `randomness`.
         kernels: `kernels(params) -> {name: tensor}`, the generated tensors.
         forward: `apply` from ready weights, which `weights(params)` gives: for many batches under the same parameters.
         weights: `weights(params) -> {name: tensor}`, all parameters of the primary network, generated and ordinary.

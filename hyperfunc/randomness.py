@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torchvision.ops import StochasticDepth
 
 Seed = int | Tensor
 """A whole number, as int or as a tensor of one element."""
@@ -95,8 +94,9 @@ class Seeded(TorchFunctionMode):
 
 def _rate_of(layer: nn.Module) -> float:
     """How much of its input a layer drops in training."""
-    if isinstance(layer, (nn.modules.dropout._DropoutNd, StochasticDepth)):
-        return layer.p
+    # torchvision's StochasticDepth goes by its name, because torchvision takes a second to import.
+    if isinstance(layer, nn.modules.dropout._DropoutNd) or type(layer).__name__ == "StochasticDepth":
+        return float(layer.p)  # pyright: ignore[reportArgumentType]
     if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)):
         return layer.dropout
     return 0.0

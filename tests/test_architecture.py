@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "console": set(),
     "curves": set(),
     "environment": set(),
+    "precision": set(),
     "histogram": {"tree"},
     "journal": {"files"},
     "tracking": {"histogram"},
@@ -33,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"tree", "hypernet", "tiling", "targets", "primary", "randomness", "residual"},
     "overview": {"hypernet", "model"},
     "model_file": {"checkpoint", "model"},
-    "training": {"tree", "model", "optim", "randomness"},
+    "training": {"tree", "data", "model", "optim", "precision", "randomness"},
 }
 TOP = {"__init__", "check_gpu", "plot"}
 """These may import everything, and nothing imports them."""

@@ -99,8 +99,8 @@ def test_it_can_be_exported(trained: Trained) -> None:
 @pytest.mark.filterwarnings("ignore")  # the exporter's own, of its own parts
 def test_it_runs_under_onnx(trained: Trained, tmp_path: Path) -> None:
     for name in ("onnx", "onnxscript"):
-        pytest.importorskip(name, reason=f"needs {name}: pip install -e '.[onnx]'")
-    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install -e '.[onnx]'")
+        pytest.importorskip(name, reason=f"needs {name}: pip install -e '.[dev]'")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install -e '.[dev]'")
     model, params, batch_stats, images, _ = trained
     network = hf.materialize(model, params, batch_stats).eval()
     path = tmp_path / "net.onnx"
