@@ -126,7 +126,8 @@ def init_embeddings(
     if init == "clipped-normal":
         return _clipped_normal(generator, shape)
     z = _normal(generator, shape)
-    rms = generate_kernels(p, z).flatten(1).square().mean(1).sqrt()
+    # In parts, because a large network has hundreds of thousands of units, and their a_i alone would fill gigabytes.
+    rms = torch.cat([generate_kernels_at_once(p, part).flatten(1).square().mean(1).sqrt() for part in z.split(4096)])
     return z * (std.to(z.device) / rms).unsqueeze(1)
 
 

@@ -318,8 +318,9 @@ def _make_model(
     ) -> tuple[Any, BatchStats]:
         if train and seed is None and drawing:
             raise ValueError(
-                f"seed: the module is random in training, in {', '.join(drawing)}; give apply a seed=, another one for "
-                "each step, or set their rates to 0"
+                f"seed: the module is random in training, in {', '.join(drawing[:4])}"
+                f"{' and more' * (len(drawing) > 4)}; give apply a seed=, another one for each step, or set the rates "
+                "of its dropout to 0"
             )
         # functional_call writes new statistics into the tensors that it is given, so it is given copies.
         new_stats = tree.clone(batch_stats)

@@ -21,7 +21,8 @@ def check_module(module: nn.Module) -> None:
                     f"{place} is lazily initialised, and its {name} has no shape yet; run one batch through the module "
                     "before it is hyperized"
                 )
-        if ".quantized." in f"{type(layer).__module__}.":
+        origin = f"{type(layer).__module__}."
+        if origin.startswith("torch.") and ".quantized." in origin:
             raise ValueError(
                 f"{place} is quantized, and has no floating-point weights; hyperize the float module, and quantize "
                 "what hyperfunc.materialize gives"
