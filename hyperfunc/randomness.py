@@ -21,7 +21,7 @@ Seed = int | Tensor
 """A whole number, as int or as a tensor of one element."""
 
 _MASK = 0xFFFFFFFF
-_GOLDEN = 0x9E3779B9
+_GOLDEN = 0x1E3779B9
 
 
 def drawing_layers(module: nn.Module) -> list[str]:
@@ -51,6 +51,7 @@ class Seeded(TorchFunctionMode):
     def __init__(self, seed: Seed) -> None:
         super().__init__()
         self.state = _state(seed)
+        self.other_state = _hash(self.state ^ _GOLDEN)
         self.draws = 0
 
     def __torch_function__(
@@ -73,13 +74,17 @@ class Seeded(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def bits(self, shape: Iterable[int], device: torch.device) -> Tensor:
-        """Fresh whole numbers, uniform in [0, 2^32)."""
+        """Fresh whole numbers, uniform in [0, 2^32), the high bits more so than the low."""
         self.draws += 1
-        first = _hash((self.state + self.draws * _GOLDEN) & _MASK)
-        second = _hash(first ^ _GOLDEN)
+        first = self.state + self.draws * _GOLDEN
+        second = self.other_state ^ _hash(self.draws)
         shape = tuple(shape)
-        index = torch.arange(math.prod(shape), device=device).view(shape)
-        return _hash(_hash(index ^ first) ^ second)
+        x = (torch.arange(math.prod(shape), device=device).view(shape) * _GOLDEN + first) & _MASK
+        # As _hash, with a key in the middle, and without a last shift, which would touch nothing but the low bits.
+        x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
+        x = x ^ second
+        x = ((x ^ (x >> 15)) * 0x735A2D97) & _MASK
+        return ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
 
     def uniform(self, shape: Iterable[int], device: torch.device) -> Tensor:
         """Fresh numbers, uniform in [0, 1), in steps of 2^-24, which is as fine as float32 has them near 1."""
@@ -127,7 +132,12 @@ def _hash(x: Any) -> Any:
     x = (x * 0x21F0AAAD) & _MASK
     x = x ^ (x >> 15)
     x = (x * 0x735A2D97) & _MASK
-    return x ^ (x >> 15)
+    x = x ^ (x >> 15)
+    if isinstance(x, Tensor) and torch.compiler.is_compiling():
+        # A reduction is computed once. All else the compiler writes out anew at each use, and two uses in each of
+        # these steps, step after step, make an expression that takes it minutes.
+        x = x.expand(16).amax()
+    return x
 
 
 # --- what stands in for torch's own functions; each takes the mode, the function, and the function's own arguments
