@@ -16,6 +16,7 @@ from hyperfunc import data, tree
 from hyperfunc.model import BatchStats, Model, Params
 from hyperfunc.optim import Optimizer, Scaled
 from hyperfunc.precision import LOW, Precision, autocast
+from hyperfunc.randomness import Seed, drawing_layers, fold_in
 
 Decay = Literal["parameters", "generated"]
 
@@ -60,6 +61,7 @@ def make_train_step(
     decay: Decay = "parameters",
     weight_decay: float = 0.0,
     precision: Precision = "fp32",
+    seed: int = 0,
 ) -> Step:
     """Builds `step(state, batch) -> (new state, metrics)`; the arguments are never written.
 
@@ -76,16 +78,18 @@ def make_train_step(
         weight_decay: Used under decay="generated" alone.
         precision: What products are computed in; see `precision`. The parameters may be of any dtype but for bf16 and
             fp16, where they should be float32.
+        seed: Of the model's own randomness, its dropout for example, which is a function of it and of the step.
 
     Raises:
         ValueError: `decay` is unknown, or `weight_decay` is given where it would be ignored.
     """
     objective = _make_objective(model, decay, weight_decay, precision)
+    step_seed = _make_step_seed(model, seed)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         images, labels = load(batch)
         scale = state.opt_state.scale if isinstance(state.opt_state, Scaled) else None
-        function = objective(state.batch_stats, images, labels, scale)
+        function = objective(state.batch_stats, images, labels, scale, step_seed(state))
         grads, (_, (loss, logits, batch_stats)) = grad_and_value(function, has_aux=True)(state.params)
         params, opt_state = optimizer.update(grads, state.opt_state, state.params, state.step)
         new_state = TrainState(state.step + 1, params, batch_stats, opt_state)
@@ -124,13 +128,17 @@ def make_gradients(
     decay: Decay = "parameters",
     weight_decay: float = 0.0,
     precision: Precision = "fp32",
+    seed: int = 0,
 ) -> Callable[[TrainState, Any], Params]:
     """Builds `gradients(state, batch) -> params`, what a train step of the same arguments gives to its optimizer, but
     for a scale of the loss."""
     objective = _make_objective(model, decay, weight_decay, precision)
+    step_seed = _make_step_seed(model, seed)
 
     def gradients(state: TrainState, batch: Any) -> Params:
-        return grad(objective(state.batch_stats, *load(batch)), has_aux=True)(state.params)[0]
+        images, labels = load(batch)
+        function = objective(state.batch_stats, images, labels, None, step_seed(state))
+        return grad(function, has_aux=True)(state.params)[0]
 
     return gradients
 
@@ -191,7 +199,7 @@ Objective = Callable[[Params], tuple[Tensor, tuple[Tensor, Tensor, BatchStats]]]
 
 
 def _make_objective(model: Model, decay: str, weight_decay: float, precision: Precision) -> Callable[..., Objective]:
-    """Builds `objective(batch_stats, images, labels, scale)`, which gives the objective on that batch."""
+    """Builds `objective(batch_stats, images, labels, scale, seed)`, which gives the objective on that batch."""
     if decay not in get_args(Decay):
         raise ValueError(f"decay: got {decay!r}, expected one of {', '.join(get_args(Decay))}")
     if decay == "parameters" and weight_decay:
@@ -200,12 +208,14 @@ def _make_objective(model: Model, decay: str, weight_decay: float, precision: Pr
             "or choose decay='generated'"
         )
 
-    def objective(old_stats: BatchStats, images: Tensor, labels: Tensor, scale: Tensor | None = None) -> Objective:
+    def objective(
+        old_stats: BatchStats, images: Tensor, labels: Tensor, scale: Tensor | None, seed: Seed | None
+    ) -> Objective:
         # The batch is closed over: torch.func.grad would wrap arguments, and wrapped statistics are copied one by one.
         def function(params: Params) -> tuple[Tensor, tuple[Tensor, Tensor, BatchStats]]:
             with autocast(precision, images.device):
                 weights = model.weights(params)
-                logits, batch_stats = model.forward(weights, old_stats, images, train=True)
+                logits, batch_stats = model.forward(weights, old_stats, images, train=True, seed=seed)
             logits = _loss_dtype(logits, precision)
             loss = F.cross_entropy(logits, labels)
             total = loss
@@ -220,6 +230,12 @@ def _make_objective(model: Model, decay: str, weight_decay: float, precision: Pr
         return function
 
     return objective
+
+
+def _make_step_seed(model: Model, seed: int) -> Callable[[TrainState], Seed | None]:
+    """Builds the seed of each step; None for a model without dropout, which would only run slower under one."""
+    is_random = bool(drawing_layers(model.module))
+    return lambda state: fold_in(seed, state.step) if is_random else None
 
 
 def _loss_dtype(logits: Tensor, precision: Precision) -> Tensor:

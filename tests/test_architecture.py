@@ -11,6 +11,10 @@ ALLOWED: dict[str, set[str]] = {
     "tree": set(),
     "hypernet": set(),
     "tiling": set(),
+    "layers": {"tiling"},
+    "targets": {"layers", "tiling"},
+    "primary": {"tree"},
+    "randomness": set(),
     "residual": set(),
     "files": set(),
     "interrupt": set(),
@@ -27,9 +31,10 @@ ALLOWED: dict[str, set[str]] = {
     "optim": {"tree"},
     "capture": {"tree"},
     "checkpoint": {"tree", "files", "flags"},
-    "model": {"tree", "hypernet", "tiling", "residual"},
+    "model": {"tree", "hypernet", "tiling", "targets", "primary", "randomness", "residual"},
+    "overview": {"hypernet", "model"},
     "model_file": {"checkpoint", "model"},
-    "training": {"tree", "data", "model", "optim", "precision"},
+    "training": {"tree", "data", "model", "optim", "precision", "randomness"},
 }
 TOP = {"__init__", "check_gpu", "plot"}
 """These may import everything, and nothing imports them."""
