@@ -21,7 +21,8 @@ Seed = int | Tensor
 """A whole number, as int or as a tensor of one element."""
 
 _MASK = 0xFFFFFFFF
-_GOLDEN = 0x1E3779B9
+# Odd, and below 2^31 as all factors here, so that no product leaves the 63 bits of a signed integer.
+_STEP = 0x1E3779B9
 
 
 def drawing_layers(module: nn.Module) -> list[str]:
@@ -44,6 +45,9 @@ class Seeded(TorchFunctionMode):
     methods `bernoulli_`, `uniform_` and `normal_`. Under `torch.vmap` a seed that is not mapped gives all members the
     same numbers, and a mapped one gives each its own.
 
+    What runs later is not in the context: the second forward pass of `torch.utils.checkpoint`, in a `backward()` after
+    the context, drops anew.
+
     Raises:
         ValueError: What runs in the context calls for another kind of random number; or the seed is no whole number.
     """
@@ -51,7 +55,7 @@ class Seeded(TorchFunctionMode):
     def __init__(self, seed: Seed) -> None:
         super().__init__()
         self.state = _state(seed)
-        self.other_state = _hash(self.state ^ _GOLDEN)
+        self.other_state = _hash(self.state ^ _STEP)
         self.draws = 0
 
     def __torch_function__(
@@ -76,10 +80,10 @@ class Seeded(TorchFunctionMode):
     def bits(self, shape: Iterable[int], device: torch.device) -> Tensor:
         """Fresh whole numbers, uniform in [0, 2^32), the high bits more so than the low."""
         self.draws += 1
-        first = self.state + self.draws * _GOLDEN
+        first = self.state + self.draws * _STEP
         second = self.other_state ^ _hash(self.draws)
         shape = tuple(shape)
-        x = (torch.arange(math.prod(shape), device=device).view(shape) * _GOLDEN + first) & _MASK
+        x = (torch.arange(math.prod(shape), device=device).view(shape) * _STEP + first) & _MASK
         # As _hash, with a key in the middle, and without a last shift, which would touch nothing but the low bits.
         x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
         x = x ^ second
@@ -115,6 +119,8 @@ def _drops_between_layers(args: tuple[Any, ...]) -> bool:
 
 def _state(seed: Seed) -> Any:
     """32 bits that depend on all of the 64 of a seed."""
+    if not isinstance(seed, (int, Tensor)):
+        raise ValueError(f"seed: got a {type(seed).__name__}, expected an int, or a tensor of one whole number")
     if isinstance(seed, Tensor) and (seed.numel() != 1 or seed.is_floating_point() or seed.is_complex()):
         raise ValueError(f"seed: got a {seed.dtype} of shape {tuple(seed.shape)}, expected one whole number")
     if isinstance(seed, Tensor):
@@ -125,8 +131,7 @@ def _state(seed: Seed) -> Any:
 def _hash(x: Any) -> Any:
     """A permutation of the whole numbers below 2^32 without visible order: two rounds of multiply and xor-shift.
 
-    The constants are of those that hash-prospector lists (T. Ettinger, public domain); both are below 2^31, so that no
-    product leaves the 63 bits of a signed integer.
+    The constants are of those that hash-prospector lists (T. Ettinger, public domain).
     """
     x = x ^ (x >> 16)
     x = (x * 0x21F0AAAD) & _MASK

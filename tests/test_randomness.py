@@ -1,12 +1,13 @@
 import pytest
 import torch
+from helpers import unchecked
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 import hyperfunc as hf
 from hyperfunc import optim, training, tree
-from hyperfunc.randomness import Seeded, drawing_layers, fold_in
+from hyperfunc.randomness import Seeded, _state, drawing_layers, fold_in
 
 
 def model_with_dropout() -> hf.Model:
@@ -192,6 +193,11 @@ def test_what_cannot_be_seeded_is_refused(draw: object, message: str) -> None:
 def test_a_seed_is_one_whole_number(seed: Tensor) -> None:
     with pytest.raises(ValueError, match="expected one whole number"):
         Seeded(seed)
+
+
+def test_a_generator_is_no_seed() -> None:
+    with pytest.raises(ValueError, match="seed: got a Generator, expected an int, or a tensor of one whole number"):
+        unchecked(_state)(torch.Generator())
 
 
 def test_a_generator_of_the_modules_own_is_used() -> None:
