@@ -28,7 +28,10 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"tree", "files"},
     "model": {"tree", "hypernet", "tiling", "residual"},
     "model_file": {"checkpoint", "model"},
+    "conditions": {"tree", "hypernet", "model"},
+    "fitting": {"tree", "hypernet", "tiling", "model"},
     "training": {"tree", "model", "optim"},
+    "ensembles": {"tree", "model", "optim", "training"},
 }
 TOP = {"__init__", "check_gpu", "plot"}
 """These may import everything, and nothing imports them."""
