@@ -347,26 +347,20 @@ def _batch_norm(
     return normalized if bias is None else normalized + bias.view(shape)
 
 
-class _MeanOverSamples(torch.autograd.Function):
-    """The mean over the dimension that `torch.vmap` hides, which is to be found in a rule for vmap alone."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None], *args: Tensor) -> tuple[Tensor, None]:
-        (x,) = args
-        return (x if in_dims[0] is None else x.mean(in_dims[0])), None
-
-
+# An operator and not an autograd.Function, whose rule for vmap torch.compile does not follow.
+@torch.library.custom_op("hyperfunc::mean_over_samples", mutates_args=(), schema="(Tensor x) -> Tensor")
 def _mean_over_samples(x: Tensor) -> Tensor:
-    mean: Any = _MeanOverSamples.apply(x)
-    return mean
+    """The mean over the dimension that `torch.vmap` hides, which only the operator's rule for vmap can see."""
+    return x.clone()
+
+
+def _mean_over_samples_rule(_info: Any, in_dims: tuple[int | None], x: Tensor) -> tuple[Tensor, None]:
+    return (x if in_dims[0] is None else x.mean(in_dims[0])), None
+
+
+_mean_over_samples.register_fake(torch.empty_like)
+_mean_over_samples.register_vmap(_mean_over_samples_rule)
+_mean_over_samples.register_autograd(lambda _ctx, grad: grad)
 
 
 def _draw_alike(generator: Generator, p: HyperNetParams, z: Float[Tensor, "units z"]) -> Float[Tensor, "units z"]:

@@ -144,6 +144,21 @@ def test_equal_conditions_train_as_one_condition(generator: Generator) -> None:
         model.apply_each(params, batch_stats, same[:1], images[:1, :, :1, :1].contiguous(), train=True)
 
 
+@pytest.mark.traced
+@pytest.mark.parametrize("train", [True, False])
+def test_one_call_compiles_as_one_graph(train: bool, generator: Generator) -> None:
+    model = hf.conditional(hf.hyper_resnet(10, z_dim=4), conditions.table(3))
+    params, batch_stats = in_float64(model, generator)
+    tasks, images = torch.tensor([0, 2, 1, 1, 0]), batch(generator)
+
+    def gradient(params: ConditionalParams, images: Tensor) -> ConditionalParams:
+        return grad(lambda p: model.apply_each(p, batch_stats, tasks, images, train=train)[0].square().sum())(params)
+
+    ours = torch.compile(gradient, fullgraph=True, backend="aot_eager")(params, images)
+    for leaf, other in zip(tree.leaves(ours), tree.leaves(gradient(params, images)), strict=True):
+        torch.testing.assert_close(leaf, other, rtol=oracle.EXACT, atol=oracle.EXACT)
+
+
 def test_dropout_draws_for_each_sample(generator: Generator) -> None:
     module = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5))
     model = hf.conditional(hf.hyperize(module, targets=["0.weight"], z_dim=4), conditions.table(2))

@@ -67,6 +67,16 @@ def test_each_member_equals_itself_trained_alone(
     assert not torch.allclose(first, second)
 
 
+@pytest.mark.traced
+def test_a_step_of_all_members_compiles_as_one_graph(generator: Generator) -> None:
+    model = hf.hyper_resnet(10, z_dim=4)
+    state = in_float64(ensembles.init_state(hf.ensemble(model, SIZE), ADAM, generator))
+    step, given = ensembles.map_step(training.make_train_step(model, ADAM)), a_batch(generator)
+    ours = torch.compile(step, fullgraph=True, backend="aot_eager")(state, given)
+    for leaf, other in zip(tree.leaves(ours), tree.leaves(step(state, given)), strict=True):
+        torch.testing.assert_close(leaf, other, rtol=oracle.EXACT, atol=oracle.EXACT)
+
+
 def test_members_start_as_the_model_does_and_do_not_depend_on_their_number() -> None:
     model = hf.hyper_resnet(10, z_dim=4)
     few, many = (hf.ensemble(model, n) for n in (2, 4))

@@ -7,7 +7,17 @@ from helpers import ROOT
 
 def test_what_is_traced_passes_without_shape_checks() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "traced", "tests/test_capture.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "traced",
+            "tests/test_capture.py",
+            "tests/test_conditions.py",
+            "tests/test_ensembles.py",
+        ],
         cwd=ROOT,
         env={**os.environ, "HYPERFUNC_SHAPE_CHECKS": "off"},
         capture_output=True,
