@@ -131,6 +131,19 @@ def test_dropout_draws_for_each_member(generator: Generator) -> None:
     assert len({tuple((row[0] == 0).tolist()) for row in outputs}) > 1
 
 
+@pytest.mark.parametrize("own_batches", [False, True])
+def test_members_that_start_alike_part_by_what_they_draw(own_batches: bool, generator: Generator) -> None:
+    module = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5))
+    model, optimizer = hf.hyperize(module, targets=["0.weight"], z_dim=4), optim.sgd(0.1)
+    alone = training.init_state(model, optimizer, generator)
+    state = tree.map(lambda leaf: torch.stack([leaf] * SIZE), alone)
+    batch = (torch.randn(4, 16, generator=generator), torch.arange(4))
+    mapping = ensembles.map_step_each if own_batches else ensembles.map_step
+    given = tree.map(lambda leaf: torch.stack([leaf] * SIZE), batch) if own_batches else batch
+    _, metrics = mapping(training.make_train_step(model, optimizer))(state, given)
+    assert len(set(metrics.loss.tolist())) == SIZE
+
+
 def test_a_member_can_be_taken_out_and_saved(generator: Generator, tmp_path: Path) -> None:
     model = hf.hyper_resnet(10, z_dim=4)
     members = hf.ensemble(model, SIZE)
