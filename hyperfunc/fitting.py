@@ -14,7 +14,7 @@ while the others stand still, so that the error never grows.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -230,10 +230,12 @@ def _cut(
 ) -> tuple[Float[Tensor, "u out in *window"], Bool[Tensor, "u out in *window"]]:
     """The units that `assemble` would put together to `targets`, and which of their entries it shows.
 
-    `assemble` copies and crops, and so its transpose puts every entry back into its place.
+    What `assemble` does is to copy and crop, and perhaps to add a constant; so its transpose puts every entry, less that
+    constant, back into its place.
     """
-    transpose = vjp(partial(assemble, layers), torch.zeros(shape, dtype=torch.float64))[1]
-    (units,) = transpose(targets)
+    made: tuple[Any, ...] = vjp(partial(assemble, layers), torch.zeros(shape, dtype=torch.float64))
+    constant, transpose = made
+    (units,) = transpose({name: target - constant[name] for name, target in targets.items()})
     (shown,) = transpose({name: torch.ones_like(target) for name, target in targets.items()})
     return units, shown > 0
 

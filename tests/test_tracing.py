@@ -5,19 +5,12 @@ import sys
 from helpers import ROOT
 
 
+FILES = ["tests/test_capture.py", "tests/test_conditions.py", "tests/test_ensembles.py"]
+
+
 def test_what_is_traced_passes_without_shape_checks() -> None:
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "traced",
-            "tests/test_capture.py",
-            "tests/test_conditions.py",
-            "tests/test_ensembles.py",
-        ],
+        [sys.executable, "-m", "pytest", "-q", "-m", "traced", *FILES],
         cwd=ROOT,
         env={**os.environ, "HYPERFUNC_SHAPE_CHECKS": "off"},
         capture_output=True,
