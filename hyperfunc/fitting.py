@@ -230,8 +230,8 @@ def _cut(
 ) -> tuple[Float[Tensor, "u out in *window"], Bool[Tensor, "u out in *window"]]:
     """The units that `assemble` would put together to `targets`, and which of their entries it shows.
 
-    What `assemble` does is to copy and crop, and perhaps to add a constant; so its transpose puts every entry, less that
-    constant, back into its place.
+    What `assemble` does is to copy and crop, and perhaps to add a constant; so its transpose puts every entry, less
+    that constant, back into its place.
     """
     made: tuple[Any, ...] = vjp(partial(assemble, layers), torch.zeros(shape, dtype=torch.float64))
     constant, transpose = made

@@ -4,7 +4,6 @@ import sys
 
 from helpers import ROOT
 
-
 FILES = ["tests/test_capture.py", "tests/test_conditions.py", "tests/test_ensembles.py"]
 
 
