@@ -83,7 +83,8 @@ class Conditional(NamedTuple):
             training a batch norm takes mean and variance over all samples of the batch (and their pixels), each
             sample from its own weights, and updates the one set of running statistics by them: what an ordinary
             network does, and exactly that where all conditions are equal. A loop over samples could not do that: it
-            would normalise each sample by itself, unlike evaluation. Dropout draws for each sample by itself.
+            would normalise each sample by itself, unlike evaluation. Buffers of other kinds that a module writes are
+            those of the first sample. Dropout draws for each sample by itself.
         at: `at(params, condition) -> Params` of `model`: the network of one condition by itself, for `materialize`,
             `save` and all else that takes a model's parameters.
         kernels: `kernels(params, condition) -> {name: tensor}`, the generated tensors.
@@ -178,11 +179,10 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
             weights = tree.map(torch.Tensor.contiguous, model.weights(mix(params, code)))
             return model.forward(weights, batch_stats, *sample, train=train, **kwargs)
 
-        out_dims: Any = (0, None)  # statistics belong to the batch as a whole
-        each = torch.vmap(one, out_dims=out_dims, randomness="different")
         with _BatchNormOverSamples(len(conditions)):
-            outputs, new_stats = each(codes(params, conditions), singles)
-        return tree.map(lambda leaf: leaf.flatten(0, 1), outputs), new_stats
+            outputs, new_stats = torch.vmap(one, randomness="different")(codes(params, conditions), singles)
+        # The statistics are those of the whole batch, and so the same from every sample.
+        return tree.map(lambda leaf: leaf.flatten(0, 1), outputs), tree.map(lambda leaf: leaf[0].clone(), new_stats)
 
     return Conditional(init, apply, apply_each, at, kernels, weights, model, encoder)
 
@@ -339,7 +339,7 @@ def _batch_norm(
     variance = _mean_over_samples(centered.square().mean(dims))
     for running, new in ((running_mean, mean), (running_var, variance * (count / (count - 1)))):
         if running is not None:
-            running.lerp_(new.detach().to(running.dtype), momentum)
+            running.copy_((1 - momentum) * running + momentum * new.detach().to(running.dtype))
     scale = torch.rsqrt(variance + eps)
     if weight is not None:
         scale = scale * weight
