@@ -33,7 +33,7 @@ import torch
 from filelock import Timeout
 
 import hyperfunc as hf
-from hyperfunc import capture, checkpoint, data, journal, optim, tracking, training, tree
+from hyperfunc import capture, checkpoint, data, journal, optim, precision, tracking, training, tree
 from hyperfunc.console import Printer, TrainingBars
 from hyperfunc.curves import Painter
 from hyperfunc.environment import describe_device, environment
@@ -41,11 +41,15 @@ from hyperfunc.files import beside, free_number, lock_for, numbered, sweep
 from hyperfunc.flags import EXIT_BAD_INPUT, option, parse, shaping
 from hyperfunc.hypernet import Init
 from hyperfunc.interrupt import Interrupted, Interrupts, ignore
+from hyperfunc.precision import Precision
 from hyperfunc.report import Reporter, handed_over
 from hyperfunc.residual import Block, Shortcut, check_depth
 from hyperfunc.training import Decay, Metrics, TrainState
 
 EXIT_FAILED = 1
+
+REPLAYED_STEPS = 10
+"""Steps in one CUDA graph where --steps-per-replay is 0: what the host does for a replay is then a tenth a step."""
 
 COMPILE_FROM_STEPS = 5000
 """Length of a run from which compiling on the CPU, which takes about a minute, is sure to pay."""
@@ -88,6 +92,19 @@ class Config:
         "auto",
         "run",
         "how a step runs; auto is compiled-graph on a GPU; on the CPU it is compiled for runs long enough to earn that",
+    )
+    steps_per_replay: int = option(
+        0,
+        "run",
+        "steps in one CUDA graph; 0 means 10 on a GPU, and what has no graph takes one",
+        at_least=0,
+        at_most=1000,
+    )
+    precision: Literal["auto", Precision] = option(
+        "auto",
+        "run",
+        "of products and activations; parameters stay float32. auto is bf16 on a GPU that has it, else fp32",
+        shapes=True,
     )
     report_every: int = option(50, "run", "batches from one line of loss and accuracy to the next", at_least=1)
     quiet: bool = option(False, "run", "say nothing but what goes wrong")
@@ -230,7 +247,10 @@ class Run:
     device: torch.device
     dataset: data.Dataset
     model: hf.Model
+    precision: Precision
     step: training.Step
+    """Of one batch or several, with a row of metrics for each."""
+    eval_step: training.EvalStep
     gradients: Callable[[TrainState, data.Draw], hf.Params]
     learning_rate: optim.Schedule
     data_digest: str
@@ -244,7 +264,9 @@ class Run:
     report_totals: Metrics
     """Of those among them that no line has shown yet."""
     unread: list[Metrics] = field(default_factory=list)
-    """Of the batches after those; reading them means waiting for the device."""
+    """Of the batches after those, a row for each; reading them means waiting for the device."""
+    steps_per_replay: int = 1
+    """Batches that `step` is given at once, wherever nothing is due between them."""
     saved: bool = True
     """Whether the last attempt to save succeeded."""
     saved_at: float = field(default_factory=lambda: time.monotonic())
@@ -326,6 +348,8 @@ def set_up(config: Config, printer: Printer) -> Run:
     device = choose_device(config.device)
     if "graph" in config.engine and device.type != "cuda":
         raise ValueError(f"--engine: got {config.engine}, which needs a GPU; on the CPU there is eager and compiled")
+    number_format = precision.choose(config.precision, device)
+    precision.set_float32_products(number_format)
     printer.say(f"device       {describe_device(device)}, torch {torch.__version__}")
     # Read before the data, which may take minutes: what is wrong with it should be known at once.
     previous = read_checkpoint(config) if config.resume else None
@@ -357,8 +381,9 @@ def set_up(config: Config, printer: Printer) -> Run:
         test=tree.to(dataset.test, device),
     )
     normalization = tree.to(normalization, device)
-    optimizer = build_optimizer(config, math.ceil(count / config.batch_size))
+    optimizer = build_optimizer(config, math.ceil(count / config.batch_size), number_format)
     objective: dict[str, Any] = {
+        "precision": number_format,
         "load": data.make_train_load(dataset.train, normalization),
         "decay": config.decay,
         "weight_decay": config.weight_decay if config.decay == "generated" else 0.0,
@@ -373,7 +398,9 @@ def set_up(config: Config, printer: Printer) -> Run:
         device=device,
         dataset=dataset,
         model=model,
+        precision=number_format,
         step=training.make_train_step(model, optimizer, **objective),
+        eval_step=training.make_eval_step(model, load=data.make_eval_load(normalization), precision=number_format),
         gradients=training.make_gradients(model, **objective),
         learning_rate=optimizer.learning_rate,
         data_digest=digest,
@@ -394,12 +421,12 @@ def set_up(config: Config, printer: Printer) -> Run:
         if planned != config.epochs:
             printer.say(f"schedule     laid over {config.epochs} epochs now, and not over {planned} as so far")
     if run.progress.epoch < config.epochs:
-        run.step = start_engine(run, printer)
+        start_engine(run, printer)
     return run
 
 
-def start_engine(run: Run, printer: Printer) -> training.Step:
-    """The step as `--engine` wants it, compiled and captured here and not in the middle of the first epoch."""
+def start_engine(run: Run, printer: Printer) -> None:
+    """Makes the steps what `--engine` wants, compiled and captured here and not in the middle of the first epoch."""
     config = run.config
     count = len(run.dataset.train.labels)
     engine = config.engine
@@ -408,9 +435,12 @@ def start_engine(run: Run, printer: Printer) -> training.Step:
     elif engine == "auto":
         steps = config.epochs * math.ceil(count / config.batch_size)
         engine = "compiled" if steps >= COMPILE_FROM_STEPS else "eager"
+    full_batches = count // config.batch_size
+    together = min(config.steps_per_replay or REPLAYED_STEPS, full_batches) if "graph" in engine else 1
     draw = data.draw_epoch(config.seed, 0, count, flip=run.dataset.flip)
     batch = tree.to(next(data.batches(draw, config.batch_size)), run.device)
-    step, started = run.step, time.perf_counter()
+    pictures = next(data.batches(run.dataset.test, config.eval_batch_size))
+    step, eval_step, started = run.step, run.eval_step, time.perf_counter()
     try:
         if engine.startswith("compiled"):
             printer.say(f"engine       {engine}: compiling, which takes a minute or more the first time")
@@ -418,9 +448,15 @@ def start_engine(run: Run, printer: Printer) -> training.Step:
             # The step is pure: what this computes is thrown away, and the state is as it was.
             with printer.waiting(f"compiling {engine}"):
                 step(run.state, batch)
+        step = training.scan(step, config.batch_size)
         if "graph" in engine:
             with printer.waiting("capturing"):
-                step = capture.capture(step, run.state, batch)
+                rows = tree.to(next(data.batches(draw, together * config.batch_size)), run.device)
+                step = capture.capture(step, run.state, rows)
+                network = run.model.weights(run.state.params), run.state.batch_stats
+                if engine.startswith("compiled"):
+                    eval_step = capture.compile_step(eval_step, pictures)
+                eval_step = capture.capture_evaluation(eval_step, network, pictures)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -428,10 +464,14 @@ def start_engine(run: Run, printer: Printer) -> training.Step:
         if config.engine != "auto":
             raise OSError(f"--engine: {engine} does not work here, eager does without: {reason}") from None
         printer.warn(f"the engine {engine} does not work here, going on with eager: {reason}")
-        engine, step = "eager", run.step
-    seconds = time.perf_counter() - started
-    printer.say(f"engine       {engine}" + (f", ready after {seconds:.1f} s" if engine != "eager" else ""))
-    return step
+        engine, together, step, eval_step = "eager", 1, training.scan(run.step, config.batch_size), run.eval_step
+    run.step, run.eval_step, run.steps_per_replay = step, eval_step, together
+    details = [engine, run.precision]
+    if "graph" in engine:
+        details.append(f"{together} steps a graph")
+    if engine != "eager":
+        details.append(f"ready after {time.perf_counter() - started:.1f} s")
+    printer.say(f"engine       {', '.join(details)}")
 
 
 def carry_out(run: Run, interrupts: Interrupts, printer: Printer) -> int:
@@ -472,15 +512,16 @@ def train(run: Run, interrupts: Interrupts, reporter: Reporter) -> int:
             pace = Pace()
             draw = tree.to(data.draw_epoch(config.seed, progress.epoch, count, flip=run.dataset.flip), run.device)
             bars.begin_epoch(progress.epoch, progress.batch)
-            for batch in data.batches(draw, config.batch_size, start=progress.batch):
-                run.state, metrics = run.step(run.state, batch)
+            while progress.batch < run.batch_count:
+                rows, steps = next_rows(run, draw, every)
+                run.state, metrics = run.step(run.state, rows)
                 run.unread.append(metrics)
-                progress.batch += 1
+                progress.batch += steps
                 if interrupts.received:
                     progress.seconds = time.perf_counter() - started
                     return stop(run, interrupts.received, reporter)
                 if progress.batch % config.report_every == 0 or progress.batch == run.batch_count:
-                    report(run, batch, reporter, bars, pace)
+                    report(run, rows, reporter, bars, pace)
                 bars.move(progress.epoch, progress.batch)
                 if is_due(every, run):
                     progress.seconds = time.perf_counter() - started
@@ -495,6 +536,16 @@ def train(run: Run, interrupts: Interrupts, reporter: Reporter) -> int:
             if interrupts.received:
                 return stop(run, interrupts.received, reporter)
     return 0 if run.saved else EXIT_FAILED
+
+
+def next_rows(run: Run, draw: data.Draw, every: Every) -> tuple[data.Draw, int]:
+    """What the next call of `run.step` gets of an epoch's draw, and how many batches that is."""
+    batch, size = run.progress.batch, run.config.batch_size
+    room = [len(draw.picture) // size - batch, run.config.report_every - batch % run.config.report_every]
+    if every.unit == "batches":
+        room.append(every.number - run.steps_done % every.number)
+    steps = run.steps_per_replay if min(room) >= run.steps_per_replay else 1
+    return data.Draw(*(column[batch * size : (batch + steps) * size] for column in draw)), steps
 
 
 class Pace:
@@ -532,11 +583,11 @@ def read_metrics(run: Run) -> int:
     """
     if not run.unread:
         return 0
-    stacked = tree.map(lambda *values: torch.stack(values), *run.unread)
-    sums = tree.map(lambda total, values: values.sum(dtype=total.dtype), run.epoch_totals, stacked)
+    rows = tree.map(lambda *values: torch.cat(values), *run.unread)
+    sums = tree.map(lambda total, values: values.sum(dtype=total.dtype), run.epoch_totals, rows)
     run.epoch_totals = tree.map(torch.add, run.epoch_totals, sums)
     run.report_totals = tree.map(torch.add, run.report_totals, sums)
-    losses, _, counts = (column.tolist() for column in stacked)
+    losses, _, counts = (column.tolist() for column in rows)
     for offset, loss in enumerate(losses, 1 - len(losses)):
         if not math.isfinite(loss):
             run.progress.batch += offset
@@ -545,7 +596,7 @@ def read_metrics(run: Run) -> int:
     return sum(counts)
 
 
-def report(run: Run, batch: data.Draw, reporter: Reporter, bars: TrainingBars, pace: Pace) -> None:
+def report(run: Run, rows: data.Draw, reporter: Reporter, bars: TrainingBars, pace: Pace) -> None:
     """Shows the loss and the accuracy of the batches since the last report.
 
     Raises:
@@ -569,7 +620,8 @@ def report(run: Run, batch: data.Draw, reporter: Reporter, bars: TrainingBars, p
         if number % config.histogram_every == 0:
             params = run.state.params
             trees = {"parameters": params, "kernels": run.model.kernels(params)}
-            reporter.histograms(run.steps_done, trees | {"gradients": run.gradients(run.state, batch)})
+            last_batch = data.Draw(*(column[-config.batch_size :] for column in rows))
+            reporter.histograms(run.steps_done, trees | {"gradients": run.gradients(run.state, last_batch)})
 
 
 def finish_epoch(
@@ -666,8 +718,7 @@ def evaluate(run: Run, images: data.Images, interrupts: Interrupts) -> tuple[flo
             interrupts.check()
             yield batch
 
-    load = data.make_eval_load(run.normalization)
-    metrics = training.evaluate(run.model, run.state.params, run.state.batch_stats, batches(), load=load)
+    metrics = training.evaluate(run.model, run.state.params, run.state.batch_stats, batches(), eval_step=run.eval_step)
     loss, accuracy = loss_and_accuracy(metrics)
     if not math.isfinite(loss):
         raise FloatingPointError(not_finite(run, f"the loss is {loss} in the evaluation after"))
@@ -819,8 +870,8 @@ def describe_model(config: Config, model: hf.Model, params: hf.Params) -> str:
     )
 
 
-def build_optimizer(config: Config, steps_per_epoch: int) -> optim.Optimizer:
-    """The optimizer with its schedule over the whole run."""
+def build_optimizer(config: Config, steps_per_epoch: int, number_format: Precision) -> optim.Optimizer:
+    """The optimizer with its schedule over the whole run, and for fp16 with a scale of the loss."""
     steps = config.epochs * steps_per_epoch
     if config.schedule == "multistep":
         schedule = optim.multistep(config.lr, config.epochs, steps_per_epoch)
@@ -833,8 +884,10 @@ def build_optimizer(config: Config, steps_per_epoch: int) -> optim.Optimizer:
         schedule = optim.constant(config.lr)
     weight_decay = config.weight_decay if config.decay == "parameters" else 0.0
     if config.optimizer == "sgd":
-        return optim.sgd(schedule, weight_decay=weight_decay)
-    return optim.adam(schedule, weight_decay=weight_decay, decoupled=config.optimizer == "adamw")
+        optimizer = optim.sgd(schedule, weight_decay=weight_decay)
+    else:
+        optimizer = optim.adam(schedule, weight_decay=weight_decay, decoupled=config.optimizer == "adamw")
+    return optim.scaled(optimizer) if number_format == "fp16" else optimizer
 
 
 def start_reporting(run: Run, printer: Printer) -> Reporter:

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 import hyperfunc as hf
 from benchmarks.baseline import LoopedHyperResNet, train_step, with_params_of
-from hyperfunc import capture, data, optim, training, tree
+from hyperfunc import capture, data, optim, precision, training, tree
+from hyperfunc.precision import Precision
 
 Engine = Literal["looped", "vmapped", "compiled", "graph", "compiled-graph", "plain"]
 """The rival; ours run eagerly, compiled, captured, or both; and the ordinary network, by the fastest of these."""
@@ -19,6 +20,15 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 LEARNING_RATE, WEIGHT_DECAY = 0.002, 0.0005
 BATCHES = 4
 """Different batches that the inputs rotate through."""
+STEPS_A_REPLAY = 10
+"""As train.py has it."""
+
+
+class Race(NamedTuple):
+    """What is timed: a call that trains for so many steps."""
+
+    call: Callable[[], object]
+    steps: int = 1
 
 
 class Pictures(NamedTuple):
@@ -30,7 +40,7 @@ class Pictures(NamedTuple):
 
 
 def pictures(device: torch.device, batch_size: int) -> Pictures:
-    """Pictures enough for `BATCHES` batches."""
+    """Pictures enough for `BATCHES` batches, and those batches."""
     count = BATCHES * batch_size
     pixels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=data.seeded_generator("benchmark"))
     images = data.Images(pixels, torch.arange(count) % 10)
@@ -46,22 +56,33 @@ def skip_reason(engine: Engine, device: torch.device) -> str | None:
     return None
 
 
-def make_step(engine: Engine, depth: int, width: int, batch_size: int, device: torch.device) -> Callable[[], object]:
-    """A function that trains for one step at each call."""
-    given = pictures(device, batch_size)
+def make_step(
+    engine: Engine,
+    depth: int,
+    width: int,
+    batch_size: int,
+    device: torch.device,
+    number_format: Precision | None = None,
+) -> Race:
+    """Training by an engine, ours in the precision given or in the one that train.py takes on this device."""
     if engine == "looped":
-        return _looped_step(depth, width, given, device)
+        return Race(_looped_step(depth, width, pictures(device, batch_size), device))
     model = hf.resnet(depth, width) if engine == "plain" else hf.hyper_resnet(depth, width)
     if engine == "plain":
         engine = "compiled-graph" if device.type == "cuda" else "compiled"
+    steps = STEPS_A_REPLAY if "graph" in engine else 1
+    given = pictures(device, steps * batch_size)
+    number_format = number_format or precision.choose("auto", device)
     optimizer = optim.adam(optim.multistep(LEARNING_RATE, 200, 391), weight_decay=WEIGHT_DECAY)
+    if number_format == "fp16":
+        optimizer = optim.scaled(optimizer)
     load = data.make_train_load(given.images, given.normalization)
-    step = training.make_train_step(model, optimizer, load=load)
+    step = training.make_train_step(model, optimizer, load=load, precision=number_format)
     state = tree.to(training.init_state(model, optimizer, data.seeded_generator("benchmark")), device)
     if engine.startswith("compiled"):
-        step = capture.compile_step(step, given.draws[0])
+        step = capture.compile_step(step, next(data.batches(given.draws[0], batch_size)))
     if "graph" in engine:
-        step = capture.capture(step, state, given.draws[0])
+        step = capture.capture(training.scan(step, batch_size), state, given.draws[0])
     draws = cycle(given.draws)
 
     def run() -> Tensor:
@@ -69,7 +90,7 @@ def make_step(engine: Engine, depth: int, width: int, batch_size: int, device: t
         state, metrics = step(state, next(draws))
         return metrics.loss
 
-    return run
+    return Race(run, steps)
 
 
 def _looped_step(depth: int, width: int, given: Pictures, device: torch.device) -> Callable[[], object]:
@@ -109,7 +130,8 @@ def make_evaluation(
     load = data.make_eval_load(given.normalization)
     batches = list(data.batches(given.images, batch_size))
     if kind == "hyper":
-        return lambda: training.evaluate(model, params, batch_stats, batches, load=load)
+        eval_step = training.make_eval_step(model, load=load)
+        return lambda: training.evaluate(model, params, batch_stats, batches, eval_step=eval_step)
     network = hf.materialize(model, params, batch_stats).eval().to(memory_format=torch.channels_last)
 
     @torch.no_grad()

@@ -11,6 +11,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from hyperfunc.precision import LOW
+
 ROUNDS = 40
 """Pairs of measurements behind a ratio."""
 
@@ -45,16 +47,34 @@ class Ratio(NamedTuple):
     theirs: float
 
 
-def compare(ours: Call, theirs: Call, *, rounds: int = ROUNDS, repeat: int = 1) -> Ratio:
-    """Measures the two in turn, so that what slows the machine down slows both, and takes the median of the ratios."""
+def compare(ours: Call, theirs: Call, *, rounds: int = ROUNDS, repeats: tuple[int, int] = (1, 1)) -> Ratio:
+    """Measures the two in turn, so that what slows the machine down slows both, and takes the median of the ratios.
+
+    Args:
+        ours: A call of the one.
+        theirs: A call of the other.
+        rounds: Pairs of measurements.
+        repeats: Calls a measurement, of the one and of the other; what is compared is a single call.
+    """
     ours()
     theirs()
-    pairs = [(seconds(ours, repeat), seconds(theirs, repeat)) for _ in range(rounds)]
+    pairs = [(seconds(ours, repeats[0]), seconds(theirs, repeats[1])) for _ in range(rounds)]
     return Ratio(
         speedup=statistics.median(theirs / ours for ours, theirs in pairs),
         ours=statistics.median(ours for ours, _ in pairs),
         theirs=statistics.median(theirs for _, theirs in pairs),
     )
+
+
+def in_steps(ratio: Ratio, steps: int) -> Ratio:
+    """The ratio a step, where a call of ours makes `steps` and one of theirs a single one."""
+    return Ratio(ratio.speedup * steps, ratio.ours / steps, ratio.theirs)
+
+
+def rounds_of(call: Call, at_least: float) -> int:
+    """Calls that take so many seconds together: long enough that the clock and a last synchronisation do not count."""
+    call()
+    return max(1, round(at_least / max(seconds(call), 1e-6)))
 
 
 def median_seconds(benchmark: BenchmarkFixture) -> float:
@@ -75,27 +95,30 @@ def gate(first: Ratio, at_least: float, again: Callable[[], Ratio]) -> None:
 
 
 class Ceilings(NamedTuple):
-    """What the machine can do at most: bytes a second in a copy, operations a second in a matrix product."""
+    """What the machine can do at most: bytes a second in a copy, and operations a second in a matrix product, by dtype
+    (None: float32)."""
 
     bytes_per_second: float
-    flop_per_second: float
+    flop_per_second: dict[torch.dtype | None, float]
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype = torch.float32) -> Ceilings:
-    """A copy too large for any cache, counting bytes read and written, and a large product of random matrices."""
+def measure_ceilings(device: torch.device) -> Ceilings:
+    """A copy too large for any cache, counting bytes read and written, and large products of random matrices."""
     large = device.type == "cuda"
     source = torch.randn((2**30 if large else 2**26) // 4, device=device)
     target = torch.empty_like(source)
     side = 8192 if large else 1536
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
 
     def best(call: Call) -> float:
         call()
         return min(seconds(call, 3) for _ in range(5))
 
-    copy = best(lambda: target.copy_(source))
-    product = best(lambda: left @ right)
-    return Ceilings(2 * source.nbytes / copy, 2 * side**3 / product)
+    def product(dtype: torch.dtype | None) -> float:
+        left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        return 2 * side**3 / best(lambda: left @ right)
+
+    copied = 2 * source.nbytes / best(lambda: target.copy_(source))
+    return Ceilings(copied, {dtype: product(dtype) for dtype in (None, *(LOW.values() if large else ()))})
 
 
 class Work(NamedTuple):

@@ -8,9 +8,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import hyperfunc as hf
 from benchmarks.baseline import LoopedHyperResNet, accuracy, loader, train_epoch, with_params_of
-from benchmarks.cases import LEARNING_RATE, WEIGHT_DECAY
+from benchmarks.cases import LEARNING_RATE, STEPS_A_REPLAY, WEIGHT_DECAY
 from benchmarks.measure import median_seconds
-from hyperfunc import capture, data, optim, training, tree
+from hyperfunc import capture, data, optim, precision, training, tree
 
 ON_GPU = torch.cuda.is_available()
 TRAIN, TEST, BATCH_SIZE = (50_000, 10_000, 128) if ON_GPU else (1024, 256, 128)
@@ -29,21 +29,28 @@ def make_ours(device: torch.device) -> Callable[[], float]:
     optimizer = optim.adam(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     normalization = tree.to(data.measure(pictures(TRAIN)), device)
     train, test = tree.to(pictures(TRAIN), device), tree.to(pictures(TEST), device)
-    step = training.make_train_step(model, optimizer, load=data.make_train_load(train, normalization))
+    number_format = precision.choose("auto", device)
+    load = data.make_train_load(train, normalization)
+    step = training.make_train_step(model, optimizer, load=load, precision=number_format)
     state = tree.to(training.init_state(model, optimizer, data.seeded_generator("benchmark")), device)
     first = next(data.batches(tree.to(data.draw_epoch(0, 0, TRAIN), device), BATCH_SIZE))
-    step = capture.capture(capture.compile_step(step, first), state, first)
-    eval_load = data.make_eval_load(normalization)
+    together = STEPS_A_REPLAY * BATCH_SIZE if ON_GPU else BATCH_SIZE
+    rows = next(data.batches(tree.to(data.draw_epoch(0, 0, TRAIN), device), together))
+    step = capture.capture(training.scan(capture.compile_step(step, first), BATCH_SIZE), state, rows)
+    eval_step = training.make_eval_step(model, load=data.make_eval_load(normalization), precision=number_format)
+    network, shown = (model.weights(state.params), state.batch_stats), next(data.batches(test, 1000))
+    if ON_GPU:
+        eval_step = capture.capture_evaluation(capture.compile_step(eval_step, shown), network, shown)
     epoch = 0
 
     def run() -> float:
         nonlocal state, epoch
         draw = tree.to(data.draw_epoch(0, epoch, TRAIN), device)
-        for batch in data.batches(draw, BATCH_SIZE):
+        for batch in data.batches(draw, together):
             state, _ = step(state, batch)
         epoch += 1
         batches = data.batches(test, 1000)
-        metrics = training.evaluate(model, state.params, state.batch_stats, batches, load=eval_load)
+        metrics = training.evaluate(model, state.params, state.batch_stats, batches, eval_step=eval_step)
         return (metrics.correct / metrics.total).item()
 
     return run

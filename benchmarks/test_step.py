@@ -7,10 +7,22 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import hyperfunc as hf
-from benchmarks.cases import ENGINES, Engine, make_step, skip_reason
+from benchmarks.cases import ENGINES, Engine, Race, make_step, skip_reason
 from benchmarks.conftest import device_name
-from benchmarks.measure import ROUNDS, Ceilings, Ratio, compare, gate, median_seconds, seconds, work_per_image
-from hyperfunc import data
+from benchmarks.measure import (
+    ROUNDS,
+    Ceilings,
+    Ratio,
+    compare,
+    gate,
+    in_steps,
+    median_seconds,
+    rounds_of,
+    seconds,
+    work_per_image,
+)
+from hyperfunc import data, precision
+from hyperfunc.precision import LOW, Precision
 
 ON_GPU = torch.cuda.is_available()
 SIZES = [(1, 128), (2, 128), (1, 1024), (2, 1024)] if ON_GPU else [(1, 128), (1, 8), (2, 8)]
@@ -43,31 +55,27 @@ def test_step(
     benchmark.group = f"training step of 40-{width}, batch {batch_size}"
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
-    call = make_step(engine, 40, width, batch_size, device)
-    first = seconds(call)
-    # Rounds long enough that the clock and the last synchronisation do not count.
-    repeat = max(1, round(0.2 / max(seconds(call), 1e-6))) if ON_GPU else 1
-
-    def run() -> None:
-        for _ in range(repeat):
-            call()
-        if ON_GPU:
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(run, rounds=10, iterations=1, warmup_rounds=2)
+    race = make_step(engine, 40, width, batch_size, device)
+    first = seconds(race.call)
+    repeat = rounds_of(race.call, 0.2) if ON_GPU else 1
+    time_it(benchmark, race, repeat)
     info: dict[str, Any] = benchmark.extra_info
     if benchmark.disabled:
         return
-    step_seconds = median_seconds(benchmark) / repeat
-    info |= {"case": engine, "width": width, "batch_size": batch_size, "steps_per_round": repeat}
+    step_seconds = median_seconds(benchmark) / repeat / race.steps
+    info |= {"case": engine, "width": width, "batch_size": batch_size, "steps_per_round": repeat * race.steps}
+    info["precision"] = "fp32" if engine == "looped" else precision.choose("auto", device)
     info["images_per_second"] = round(batch_size / step_seconds)
-    info["first_step_seconds"] = round(first, 2)
+    info["first_call_seconds"] = round(first, 2)
     if ON_GPU:
         info["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
     plain = hf.resnet(40, width)
     work = work_per_image(hf.materialize(plain, *plain.init(data.seeded_generator("work"))))
-    info["share_of_flop_floor"] = round(work.flop * batch_size / ceilings.flop_per_second / step_seconds, 4)
-    info["share_of_bytes_floor"] = round(work.bytes * batch_size / ceilings.bytes_per_second / step_seconds, 4)
+    low = LOW.get(info["precision"])
+    work = work._replace(bytes=work.bytes / 2 if low else work.bytes)
+    floors = ceilings.flop_per_second[low] / work.flop, ceilings.bytes_per_second / work.bytes
+    info["flop_floor_images_per_second"], info["bytes_floor_images_per_second"] = map(round, floors)
+    info["share_of_floor"] = round(info["images_per_second"] / min(floors), 4)
     if engine == "looped":
         return
 
@@ -75,13 +83,53 @@ def test_step(
     case = (engine, width, batch_size)
     bounds = [gates[case] for named, gates in GATES.items() if named in device_name() and case in gates]
 
-    def race() -> Ratio:
-        return compare(call, looped, repeat=repeat, rounds=ROUNDS if bounds else 5)
+    def pairs() -> Ratio:
+        repeats = (repeat, rounds_of(looped.call, 0.2) if ON_GPU else 1)
+        return in_steps(compare(race.call, looped.call, repeats=repeats, rounds=ROUNDS if bounds else 5), race.steps)
 
-    ratio = race()
+    ratio = pairs()
     info["times_faster"] = round(ratio.speedup, 2)
     for bound in bounds:
-        gate(ratio, bound, race)
+        gate(ratio, bound, pairs)
     for named, floors in IMAGES_PER_SECOND.items():
         if named in device_name() and case in floors:
             assert info["images_per_second"] >= floors[case]
+
+
+PRECISIONS: dict[str, list[Precision]] = {"cuda": ["fp32", "tf32", "bf16", "fp16"], "cpu": ["fp32", "bf16"]}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("batch_size", [128, 1024] if ON_GPU else [8])
+@pytest.mark.parametrize("number_format", PRECISIONS["cuda" if ON_GPU else "cpu"])
+def test_precision(
+    benchmark: BenchmarkFixture, device: torch.device, number_format: Precision, batch_size: int
+) -> None:
+    """The fastest engine in every precision."""
+    torch._dynamo.reset()
+    benchmark.group = f"training step of 40-1, batch {batch_size}, by precision"
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    precision.set_float32_products(number_format)
+    try:
+        race = make_step("compiled-graph" if ON_GPU else "compiled", 40, 1, batch_size, device, number_format)
+        repeat = rounds_of(race.call, 0.2) if ON_GPU else 1
+        time_it(benchmark, race, repeat)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+    if not benchmark.disabled:
+        info: dict[str, Any] = benchmark.extra_info
+        info |= {"case": number_format, "steps_per_round": repeat * race.steps}
+        info["images_per_second"] = round(batch_size * race.steps * repeat / median_seconds(benchmark))
+
+
+def time_it(benchmark: BenchmarkFixture, race: Race, repeat: int) -> None:
+    """Times `repeat` calls a round."""
+
+    def run() -> None:
+        for _ in range(repeat):
+            race.call()
+        if ON_GPU:
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(run, rounds=10, iterations=1, warmup_rounds=2)

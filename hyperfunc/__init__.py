@@ -15,11 +15,17 @@ from hyperfunc import (
     hypernet,
     interrupt,
     journal,
+    layers,
     model,
     model_file,
     optim,
+    overview,
+    precision,
+    primary,
+    randomness,
     report,
     residual,
+    targets,
     tiling,
     tracking,
     training,
@@ -31,6 +37,7 @@ from hyperfunc.fitting import Fit, fit_embeddings
 from hyperfunc.hypernet import HyperNetParams, generate_kernel, generate_kernels
 from hyperfunc.model import BatchStats, Model, Params, hyper_resnet, hyperize, materialize, resnet
 from hyperfunc.model_file import load, save
+from hyperfunc.overview import summary
 from hyperfunc.residual import ResNet
 from hyperfunc.training import Metrics, TrainState
 from hyperfunc.tree import num_params
@@ -72,16 +79,23 @@ __all__ = [
     "hypernet",
     "interrupt",
     "journal",
+    "layers",
     "load",
     "materialize",
     "model",
     "model_file",
     "num_params",
     "optim",
+    "overview",
+    "precision",
+    "primary",
+    "randomness",
     "report",
     "residual",
     "resnet",
     "save",
+    "summary",
+    "targets",
     "tiling",
     "tracking",
     "training",

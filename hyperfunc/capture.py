@@ -6,6 +6,7 @@ which a tensor is overwritten in place.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,15 @@ from hyperfunc import tree
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
+Evaluation = Callable[[Any, Any], Any]
+
 WARM_UP_STEPS = 3
 """Steps on a side stream before the capture: compilation and the choice of algorithms must not be captured."""
 
 
-def compile_step(step: Step, batch: Any) -> Step:
-    """Compiles `step` for batches shaped like `batch`; others, such as the last of an epoch, run as they are.
+def compile_step(step: Evaluation, batch: Any) -> Evaluation:
+    """Compiles a step, or an evaluation, for batches shaped like `batch`; others, such as the last of an epoch, run as
+    they are.
 
     One graph without a break: whatever cannot be traced is an error at the first call, not a slow step. Compilation
     happens at that first call and takes from ten seconds to minutes.
@@ -28,12 +32,12 @@ def compile_step(step: Step, batch: Any) -> Step:
         # Without this Inductor gives up channels_last wherever all convolutions have 64 channels or fewer.
         "force_layout_optimization": True,
     }
-    if any(leaf.is_cuda for leaf in tree.leaves(batch)):
+    if _on_cuda(batch):
         options |= torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
     compiled = torch.compile(step, fullgraph=True, dynamic=False, options=options)
     expected = _signature(batch)
 
-    def run(state: Any, batch: Any) -> tuple[Any, Any]:
+    def run(state: Any, batch: Any) -> Any:
         return (compiled if _signature(batch) == expected else step)(state, batch)
 
     return run
@@ -59,39 +63,31 @@ def capture(step: Step, state: Any, batch: Any) -> Step:
         ValueError: A call's state, or its batch but for the length, has other shapes, dtypes or devices than those
             given here; the message names each leaf.
     """
-    if not any(leaf.is_cuda for leaf in tree.leaves((state, batch))):
+    if not _on_cuda((state, batch)):
         return step
     # Leaf by leaf: Inductor copies every input that does not begin at a multiple of 16 bytes, and views of one vector
     # would not.
     own_state = tree.map(torch.clone, state)
-    device = next(leaf.device for leaf in tree.leaves((state, batch)) if leaf.is_cuda)
-    pool = torch.cuda.graph_pool_handle()
     graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Any, Any]] = {}
+    pool = torch.cuda.graph_pool_handle()
 
-    def add_graph(batch: Any) -> tuple[torch.cuda.CUDAGraph, Any, Any]:
+    def add_graph(batch: Any) -> None:
         own_batch = tree.map(torch.clone, batch)
-        with torch.cuda.device(device):
-            random_state = torch.cuda.get_rng_state()
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP_STEPS):
-                    step(own_state, own_batch)
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.set_rng_state(random_state)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                # What still is the old state must be read before the new one is written over it.
-                new_state, metrics = _apart(step(own_state, own_batch), own_state)
-                _copy(own_state, new_state)
-        return graph, own_batch, metrics
+
+        def advance() -> Any:
+            # What still is the old state must be read before the new one is written over it.
+            new_state, metrics = _apart(step(own_state, own_batch), own_state)
+            _copy(own_state, new_state)
+            return metrics
+
+        graph, metrics = _record(lambda: step(own_state, own_batch), advance, pool, _device((state, batch)))
+        graphs[_signature(batch)] = graph, own_batch, metrics
 
     def captured(new_state: Any, batch: Any) -> tuple[Any, Any]:
-        key = _signature(batch)
-        if key not in graphs:
+        if _signature(batch) not in graphs:
             _check_like("batch", batch, example, but_length=True)
-            graphs[key] = add_graph(batch)
-        graph, own_batch, metrics = graphs[key]
+            add_graph(batch)
+        graph, own_batch, metrics = graphs[_signature(batch)]
         if new_state is not own_state:
             _check_like("state", new_state, own_state)
             _copy(own_state, new_state)
@@ -100,8 +96,79 @@ def capture(step: Step, state: Any, batch: Any) -> Step:
         return own_state, tree.clone(metrics)
 
     example = tree.map(torch.clone, batch)
-    graphs[_signature(batch)] = add_graph(batch)
+    add_graph(batch)
     return captured
+
+
+def capture_evaluation(function: Evaluation, network: Any, batch: Any) -> Evaluation:
+    """Captures `function(network, batch) -> result` as a CUDA graph; without a CUDA tensor it is the function itself.
+
+    What comes back writes no argument, and its results are copies. A network is copied into the graph's own at the
+    first call with it and not at those that follow with the same object, so that an evaluation over many batches copies
+    it once: *do not write into it between two calls*. Batches of other lengths are captured as by `capture`.
+
+    Args:
+        function: Pure, without a synchronisation in it.
+        network: Any network of the shapes that will follow.
+        batch: Any batch of the shapes that will follow.
+
+    Raises:
+        ValueError: As of `capture`.
+    """
+    if not _on_cuda((network, batch)):
+        return function
+    own_network = tree.map(torch.clone, network)
+    graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Any, Any]] = {}
+    pool = torch.cuda.graph_pool_handle()
+    last: Any = None
+
+    def captured(network: Any, batch: Any) -> Any:
+        nonlocal last
+        if network is not last:
+            _check_like("network", network, own_network)
+            _copy(own_network, network)
+            last = network
+        if _signature(batch) not in graphs:
+            _check_like("batch", batch, example, but_length=True)
+            own_batch = tree.map(torch.clone, batch)
+            call = partial(function, own_network, own_batch)
+            graph, result = _record(call, call, pool, _device((network, batch)))
+            graphs[_signature(batch)] = graph, own_batch, result
+        graph, own_batch, result = graphs[_signature(batch)]
+        _copy(own_batch, batch)
+        graph.replay()
+        return tree.clone(result)
+
+    example = tree.map(torch.clone, batch)
+    captured(network, batch)
+    return captured
+
+
+def _on_cuda(value: Any) -> bool:
+    return any(leaf.is_cuda for leaf in tree.leaves(value))
+
+
+def _device(value: Any) -> torch.device:
+    return next(leaf.device for leaf in tree.leaves(value) if leaf.is_cuda)
+
+
+def _record(
+    warm_up: Callable[[], Any], call: Callable[[], Any], pool: Any, device: torch.device
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Captures `call` after some runs of `warm_up`; the random state is as it was. Returns what `call` returned."""
+    with torch.cuda.device(device):
+        random_state = torch.cuda.get_rng_state()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_STEPS):
+                warm_up()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.set_rng_state(random_state)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = call()
+    return graph, result
 
 
 def _signature(value: Any) -> tuple[Any, ...]:

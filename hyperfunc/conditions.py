@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from hyperfunc import tree
 from hyperfunc.hypernet import HyperNetParams, generate_kernels, init_embeddings
 from hyperfunc.model import BatchStats, Model, Params
+from hyperfunc.randomness import Seed, fold_in
 
 
 class Encoder(NamedTuple):
@@ -84,7 +85,7 @@ class Conditional(NamedTuple):
             sample from its own weights, and updates the one set of running statistics by them: what an ordinary
             network does, and exactly that where all conditions are equal. A loop over samples could not do that: it
             would normalise each sample by itself, unlike evaluation. Buffers of other kinds that a module writes are
-            those of the first sample. Dropout draws for each sample by itself.
+            those of the first sample. Under a `seed` dropout draws for each sample by itself.
         at: `at(params, condition) -> Params` of `model`: the network of one condition by itself, for `materialize`,
             `save` and all else that takes a model's parameters.
         kernels: `kernels(params, condition) -> {name: tensor}`, the generated tensors.
@@ -167,20 +168,23 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
         /,
         *args: Any,
         train: bool,
+        seed: Seed | None = None,
         **kwargs: Any,
     ) -> tuple[Any, BatchStats]:
         _check_one_a_sample(conditions, args)
         # Each sample goes in as a batch of one, because a module may not know how to do without a batch.
         singles = tree.map(lambda leaf: leaf.unsqueeze(1), args)
 
-        def one(code: Tensor, sample: tuple[Any, ...]) -> tuple[Any, BatchStats]:
+        def one(code: Tensor, index: Tensor, sample: tuple[Any, ...]) -> tuple[Any, BatchStats]:
+            own_seed = None if seed is None else fold_in(seed, index)
             # Mapped kernels in channels_last order, over batches of one, get wrong gradients from torch 2.15 on the CPU
             # in float64, without a word.
             weights = tree.map(torch.Tensor.contiguous, model.weights(mix(params, code)))
-            return model.forward(weights, batch_stats, *sample, train=train, **kwargs)
+            return model.forward(weights, batch_stats, *sample, train=train, seed=own_seed, **kwargs)
 
         with _BatchNormOverSamples(len(conditions)):
-            outputs, new_stats = torch.vmap(one, randomness="different")(codes(params, conditions), singles)
+            index = torch.arange(len(conditions), device=conditions.device)
+            outputs, new_stats = torch.vmap(one, randomness="different")(codes(params, conditions), index, singles)
         # The statistics are those of the whole batch, and so the same from every sample.
         return tree.map(lambda leaf: leaf.flatten(0, 1), outputs), tree.map(lambda leaf: leaf[0].clone(), new_stats)
 

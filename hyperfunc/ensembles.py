@@ -101,8 +101,8 @@ def init_state(members: Ensemble, optimizer: Optimizer, generator: Generator) ->
 def map_step(step: Step) -> Step:
     """A training step of all members on the same batch, from a step of one; metrics come a member.
 
-    Each member's step is what it would be alone, apart from rounding. What a network draws at random, as dropout does,
-    is drawn for each member by itself.
+    Each member's step is what it would be alone, apart from rounding; its dropout too, which a step draws from its own
+    number, and so alike in all members.
     """
     return torch.vmap(step, in_dims=(0, None), randomness="different")
 

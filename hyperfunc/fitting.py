@@ -24,6 +24,7 @@ from torch.func import vjp
 from hyperfunc import tree
 from hyperfunc.hypernet import HyperNetParams
 from hyperfunc.model import BatchStats, Model, Params
+from hyperfunc.primary import check_state_dict
 from hyperfunc.tiling import Layer, assemble
 
 
@@ -85,27 +86,27 @@ def fit_embeddings(
         raise ValueError(f"sweeps: got {sweeps}, expected at least 0")
     if not tolerance >= 0:
         raise ValueError(f"tolerance: got {tolerance}, expected at least 0")
-    _check_state_dict(model, state_dict)
+    given = _by_first_name(model, state_dict)
     fresh, fresh_stats = model.init(torch.Generator().manual_seed(0) if generator is None else generator)
     generators: dict[str, HyperNetParams] = {}
     embeddings: dict[str, Tensor] = {}
     errors: dict[str, tuple[float, ...]] = {}
     for key, layers in model.tiling.layers.items():
         p, z = tree.to((fresh.generator[key], fresh.embeddings[key]), "cpu", torch.float64)
-        targets = {layer.name: state_dict[layer.name].detach().to("cpu", torch.float64) for layer in layers}
-        units, observed = _cut(layers, targets, (len(z), p.w_out.shape[0], p.w_in.shape[0], *layers[0].window))
+        targets = {layer.name: given[layer.name].detach().to("cpu", torch.float64) for layer in layers}
+        units, observed = _cut(layers, targets, (len(z), p.w_out.shape[0], p.w_in.shape[0], *p.w_out.shape[1:-1]))
         p, z, errors[key] = _fit(p, z, units, observed, sweeps, tolerance)
         generators[key] = _like(p, fresh.generator[key])
         embeddings[key] = z.to(fresh.embeddings[key])
-    primary = {name: state_dict[name].detach().to(leaf, copy=True) for name, leaf in fresh.primary.items()}
+    primary = {name: given[name].detach().to(leaf, copy=True) for name, leaf in fresh.primary.items()}
     batch_stats = {
         # A buffer that a module leaves out of its state_dict is not given.
-        name: state_dict[name].detach().to(leaf, copy=True) if name in state_dict else leaf
+        name: given[name].detach().to(leaf, copy=True) if name in given else leaf
         for name, leaf in fresh_stats.items()
     }
     params = Params(generators, embeddings, primary)
     fitted = model.kernels(params)
-    explained = {name: _share_explained(state_dict[name], fitted[name]) for name in model.tiling.names}
+    explained = {name: _share_explained(given[name], fitted[name]) for name in model.tiling.names}
     return Fit(params, batch_stats, explained, errors)
 
 
@@ -253,42 +254,26 @@ def _share_explained(target: Tensor, fitted: Tensor) -> float:
     return 1 - error / total
 
 
-def _check_state_dict(model: Model, state_dict: Mapping[str, Tensor]) -> None:
-    parameters = dict(model.module.named_parameters())
-    buffers = dict(model.module.named_buffers())
-    persistent = model.module.state_dict().keys()
-    needed = parameters.keys() | (buffers.keys() & persistent)
-    shapes = {
-        name: tensor.shape
-        for named in (model.module.named_parameters, model.module.named_buffers)
-        for name, tensor in named(remove_duplicate=False)
-    }
-    missing = sorted(needed - state_dict.keys())
-    unexpected = sorted(state_dict.keys() - shapes.keys())
-    if missing or unexpected:
-        found = [
-            f"{what}: {_list(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
-        ]
-        raise ValueError(f"state_dict: {'; '.join(found)}; {_cure(needed, state_dict)}")
-    for name, tensor in state_dict.items():
-        if tensor.shape != shapes[name]:
-            raise ValueError(
-                f"state_dict: {name} has the shape {tuple(tensor.shape)}, expected {tuple(shapes[name])}; give the "
-                "weights of a network of the same sizes, or make the model for theirs"
-            )
-    for name in model.tiling.names:
-        if not bool(state_dict[name].isfinite().all()):
-            raise ValueError(f"state_dict: {name} has values that are not finite, and nothing can be fitted to them")
+def _by_first_name(model: Model, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by the names that the model knows them by; a tied one may be given by any of its names.
 
-
-def _cure(needed: set[str], state_dict: Mapping[str, Tensor]) -> str:
-    """How to get a state_dict that fits, where what was done to this one can be told."""
+    Raises:
+        ValueError: The state_dict does not fit, or a weight to be fitted is not finite.
+    """
     for prefix in ("module.", "_orig_mod.", "model."):
-        if needed <= {name.removeprefix(prefix) for name in state_dict}:
+        if state_dict and all(name.startswith(prefix) for name in state_dict):
             stripped = f"{{name.removeprefix({prefix!r}): tensor for name, tensor in state_dict.items()}}"
-            return f"every name begins with {prefix!r}; give {stripped}"
-    return "give the state_dict() of the module that the model was made of, with its buffers, whole"
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise ValueError(f"state_dict: every name begins with {prefix!r}; give {stripped}")
+    check_state_dict(model.module, state_dict)
+    first: dict[int, str] = {}
+    found: dict[str, Tensor] = {}
+    for named in (model.module.named_parameters, model.module.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            if name in state_dict:
+                found.setdefault(first.setdefault(id(tensor), name), state_dict[name])
+            else:
+                first.setdefault(id(tensor), name)
+    for name in model.tiling.names:
+        if not bool(found[name].isfinite().all()):
+            raise ValueError(f"state_dict: {name} has values that are not finite, and nothing can be fitted to them")
+    return found

@@ -82,8 +82,7 @@ def init_generator(
     if min(window, default=1) < 1:
         raise ValueError(f"window: got {tuple(window)}, expected extents of at least 1")
     check_init(init)
-    n_out, n_in = unit
-    shapes = ((n_in, d, z_dim), (n_in, d), (n_out, *window, d), (n_out, *window))
+    shapes = generator_shapes(window, unit, z_dim, hidden_dim)
     if init == "clipped-normal":
         return HyperNetParams(*(_clipped_normal(generator, shape) for shape in shapes))
     w_in, b_in, w_out, b_out = shapes
@@ -93,6 +92,15 @@ def init_generator(
         w_out=_normal(generator, w_out) / d**0.5,
         b_out=torch.zeros(b_out, device=generator.device),
     )
+
+
+def generator_shapes(
+    window: Sequence[int], unit: tuple[int, int], z_dim: int, hidden_dim: int | None
+) -> tuple[tuple[int, ...], ...]:
+    """The shapes of a generator's w_in, b_in, w_out and b_out."""
+    d = z_dim if hidden_dim is None else hidden_dim
+    n_out, n_in = unit
+    return (n_in, d, z_dim), (n_in, d), (n_out, *window, d), (n_out, *window)
 
 
 def init_embeddings(
@@ -118,7 +126,8 @@ def init_embeddings(
     if init == "clipped-normal":
         return _clipped_normal(generator, shape)
     z = _normal(generator, shape)
-    rms = generate_kernels(p, z).flatten(1).square().mean(1).sqrt()
+    # In parts, because a large network has hundreds of thousands of units, and their a_i alone would fill gigabytes.
+    rms = torch.cat([generate_kernels_at_once(p, part).flatten(1).square().mean(1).sqrt() for part in z.split(4096)])
     return z * (std.to(z.device) / rms).unsqueeze(1)
 
 

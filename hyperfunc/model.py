@@ -1,9 +1,8 @@
 """Generator, tiling and primary network put together: a `Model`, a NamedTuple of pure functions in the style of JAX."""
 
 import copy
-import difflib
-from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -21,8 +20,11 @@ from hyperfunc.hypernet import (
     init_embeddings,
     init_generator,
 )
+from hyperfunc.primary import check_module, on_meta, with_values
+from hyperfunc.randomness import Seed, Seeded, drawing_layers
 from hyperfunc.residual import Block, ResNet, Shortcut, init_weights
-from hyperfunc.tiling import Tiling, assemble, tile
+from hyperfunc.targets import Targets, choose
+from hyperfunc.tiling import Kernel, Tiling, assemble, plain_kernel, tile
 
 BatchStats = dict[str, Tensor]
 """The module's buffers by name: running means and variances of its batch norms, and whatever else it keeps."""
@@ -47,21 +49,30 @@ class Forward(Protocol):
     """The primary network as a function of its weights and buffers; returns the output and the new buffers."""
 
     def __call__(
-        self, weights: Any, batch_stats: BatchStats, /, *args: Any, train: bool, **kwargs: Any
+        self,
+        weights: Any,
+        batch_stats: BatchStats,
+        /,
+        *args: Any,
+        train: bool,
+        seed: Seed | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, BatchStats]: ...
 
 
 class Model(NamedTuple):
     """A network whose kernels are generated, as pure functions: neither parameters nor statistics are ever written.
 
-    They are as pure as the primary network: one that writes into its own input, or that draws from torch's global
-    generator, as dropout does, still does so.
+    They are as pure as the primary network: one that writes into its own input still does so.
 
     Attributes:
         init: `init(generator) -> (params, batch_stats)`, on the generator's device.
-        apply: `apply(params, batch_stats, *args, train, **kwargs) -> (output, new batch_stats)`. With train=True batch
-            norms use the statistics of the batch and update the running ones; with train=False they use the running
-            ones and change nothing.
+        apply: `apply(params, batch_stats, *args, train, seed=None, **kwargs) -> (output, new batch_stats)`; `args` and
+            `kwargs` are the module's own, and the output is whatever it returns. With train=True batch norms use the
+            statistics of the batch and update the running ones; with train=False they use the running ones and change
+            nothing. Under a `seed` (an int, or a tensor of one) all that is random, as dropout is, is a function of it.
+            A module with layers of dropout asks for one in training; what a module draws otherwise without one comes
+            from torch's global generator. See `randomness`.
         kernels: `kernels(params) -> {name: tensor}`, the generated tensors.
         forward: `apply` from ready weights, which `weights(params)` gives: for many batches under the same parameters.
         weights: `weights(params) -> {name: tensor}`, all parameters of the primary network, generated and ordinary.
@@ -114,7 +125,7 @@ def hyper_resnet(
     targets = [f"blocks.{i}.conv{j}.weight" for i in range(len(module.blocks)) for j in (1, 2)]
     return _make_model(
         module,
-        targets,
+        {name: plain_kernel(module.get_parameter(name).shape) for name in targets},
         partial(_init_resnet, module),
         unit=(16, 16),
         z_dim=z_dim,
@@ -143,13 +154,13 @@ def resnet(
     module = _meta_resnet(depth, width, num_classes, shortcut=shortcut, block=block)
     recipe = {"function": "resnet", "depth": depth, "width": width, "num_classes": num_classes}
     recipe |= {"shortcut": shortcut, "block": block}
-    return _make_model(module, [], partial(_init_resnet, module), recipe=recipe)
+    return _make_model(module, {}, partial(_init_resnet, module), recipe=recipe)
 
 
 def hyperize(
     module: nn.Module,
     *,
-    targets: Iterable[str] | None = None,
+    targets: Targets | None = None,
     unit: tuple[int, int] = (16, 16),
     z_dim: int = 64,
     hidden_dim: int | None = None,
@@ -158,38 +169,46 @@ def hyperize(
     """Any module as primary network, with generated weights for its convolutions and linear layers.
 
     The module is read, not changed. Parameters that are not generated start from the values that they have in it, and
-    so do its buffers; generated ones start at He's variance for their layer's fan-in, whatever the module holds. All of
-    them are in `Params`, also those with requires_grad=False: what stays fixed is for the optimizer to say.
+    so do its buffers; generated ones start with the mean and variance that their layer's type calls for at its fan-in
+    (see `layers.kernel_of`), whatever the module holds. All of them are in `Params`, also those with
+    requires_grad=False: what stays fixed is for the optimizer to say. A tied parameter is one tensor, under the first
+    of its names.
 
     Args:
         module: The primary network.
-        targets: Names of parameters, or glob patterns such as 'layer3.*.weight'. By default every weight of a
-            convolution or linear layer that fills at least one unit, except those of the first and the last such layer.
+        targets: What to generate: a name or glob pattern of parameters, such as 'layer3.*.weight'; a type of module,
+            such as nn.Conv2d, for the weights of all such modules and of what they contain; a list of these; or a
+            predicate on (name, parameter). By default every weight of a convolution, linear layer or attention
+            projection that fills at least one unit, except those of the first and the last such layer.
         unit: Output and input channels of a basic kernel.
         z_dim: Length of an embedding.
         hidden_dim: The generator's d; z_dim where not given.
         init: See `hypernet.init_generator`.
 
     Raises:
-        ValueError: A target matches no parameter, or one that cannot be tiled; or nothing is left to generate.
+        ValueError: A target matches no parameter, or one that cannot be generated; nothing is left to generate; or the
+            module is lazily initialised, quantized, or spread over devices.
     """
-    names = _default_targets(module, unit) if targets is None else _match_targets(module, targets)
-    if not names:
-        raise ValueError(
-            f"targets: none of the module's weights fills a unit of {unit[0]}x{unit[1]} channels between its first and "
-            "last layer; give a smaller unit or name the parameters"
-        )
-    values = {name: p.detach().clone() for name, p in module.named_parameters() if name not in set(names)}
+    check_sizes(unit, z_dim, hidden_dim)
+    check_module(module)
+    kernels = choose(module, targets, unit)
+    values = {name: p.detach().clone() for name, p in module.named_parameters() if name not in kernels}
     buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+    empty = [name for name, value in {**values, **buffers}.items() if value.is_meta]
+    if empty:
+        raise ValueError(
+            f"module: it is on the meta device, without values for {', '.join(empty)}, which are not generated; make "
+            "it on the CPU, or give it values with module.to_empty(device='cpu') and its own initialisation"
+        )
 
     def init_from_module(generator: Generator) -> tuple[dict[str, Tensor], BatchStats]:
         return tree.map(lambda leaf: leaf.to(generator.device, copy=True), (values, buffers))
 
-    recipe = {"function": "hyperize", "targets": names, "unit": unit, "z_dim": z_dim}
+    recipe = {"function": "hyperize", "targets": list(kernels), "unit": unit, "z_dim": z_dim}
     recipe |= {"hidden_dim": hidden_dim, "init": init}
     return _make_model(
-        _on_meta(module),
-        names,
+        on_meta(module),
+        kernels,
         init_from_module,
         unit=unit,
         z_dim=z_dim,
@@ -232,23 +251,19 @@ def from_recipe(recipe: Mapping[str, Any], module: nn.Module | None = None) -> M
 def materialize(model: Model, params: Params, batch_stats: BatchStats) -> nn.Module:
     """The primary network as an ordinary module that holds the generated weights: no hypernetwork is left in it.
 
-    Its tensors are copies, on the device and in the dtype of `params`; its mode is training, as of any new module.
+    It is of the class that the model was made of, and its state_dict fits that class. Its tensors are copies, on the
+    device and in the dtype of `params`, and leaves that an optimizer can train on from; tied parameters stay tied; its
+    mode is training, as of any new module.
+
+    Raises:
+        ValueError: `params` or `batch_stats` do not belong to `model`.
     """
-    weights = model.weights(params)
-    memo: dict[int, Any] = {}
-    for name, meta in model.module.named_parameters():
-        memo[id(meta)] = nn.Parameter(
-            weights[name].detach().clone(memory_format=torch.contiguous_format), requires_grad=meta.requires_grad
-        )
-    for name, meta in model.module.named_buffers():
-        memo[id(meta)] = batch_stats[name].detach().clone()
-    # deepcopy puts what the memo holds in the place of each tensor, so that tied weights stay tied.
-    return copy.deepcopy(model.module, memo).train()
+    return with_values(model.module, {**model.weights(params), **batch_stats})
 
 
 def _make_model(
     module: nn.Module,
-    targets: Iterable[str],
+    kernels_by_name: Mapping[str, Kernel],
     init_primary: Callable[[Generator], tuple[dict[str, Tensor], BatchStats]],
     *,
     recipe: dict[str, Any],
@@ -261,8 +276,9 @@ def _make_model(
     check_init(init)
     check_sizes(unit, z_dim, hidden_dim)
     parameters = dict(module.named_parameters())
-    tiling = tile({name: parameters[name].shape for name in targets}, unit)
+    tiling = tile(kernels_by_name, unit)
     generated = set(tiling.names)
+    drawing = drawing_layers(module)
     # The mode is fixed in one module for each, because switching it at the call would be hidden state.
     modules = {True: copy.deepcopy(module).train(), False: copy.deepcopy(module).eval()}
 
@@ -273,7 +289,7 @@ def _make_model(
             drawn = init_generator(
                 generator, window=layers[0].window, unit=unit, z_dim=z_dim, hidden_dim=hidden_dim, init=init
             )
-            std = torch.cat([torch.full((layer.units,), (2 / layer.fan_in) ** 0.5) for layer in layers])
+            std = torch.cat([torch.full((layer.units,), layer.kernel.std) for layer in layers])
             dtype = parameters[layers[0].name].dtype
             generators[key] = tree.to(drawn, dtype)
             embeddings[key] = init_embeddings(generator, drawn, std, init=init).to(dtype)
@@ -292,18 +308,39 @@ def _make_model(
         return {**params.primary, **kernels(params)}
 
     def forward(
-        weights: dict[str, Tensor], batch_stats: BatchStats, /, *args: Any, train: bool, **kwargs: Any
+        weights: dict[str, Tensor],
+        batch_stats: BatchStats,
+        /,
+        *args: Any,
+        train: bool,
+        seed: Seed | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, BatchStats]:
+        if train and seed is None and drawing:
+            raise ValueError(
+                f"seed: the module is random in training, in {', '.join(drawing[:4])}"
+                f"{' and more' * (len(drawing) > 4)}; give apply a seed=, another one for each step, or set the rates "
+                "of its dropout to 0"
+            )
         # functional_call writes new statistics into the tensors that it is given, so it is given copies.
         new_stats = tree.clone(batch_stats)
-        # Without strict=True a name that the module does not know would be passed over in silence.
-        output = functional_call(modules[train], ({**weights, **new_stats},), args, kwargs, strict=True)
+        if train:
+            new_stats = tree.mapped_with(new_stats, (weights, args, kwargs))
+        with nullcontext() if seed is None else Seeded(seed):
+            # Without strict=True a name that the module does not know would be passed over in silence.
+            output = functional_call(modules[train], ({**weights, **new_stats},), args, kwargs, strict=True)
         return output, new_stats
 
     def apply(
-        params: Params, batch_stats: BatchStats, /, *args: Any, train: bool, **kwargs: Any
+        params: Params,
+        batch_stats: BatchStats,
+        /,
+        *args: Any,
+        train: bool,
+        seed: Seed | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, BatchStats]:
-        return forward(weights(params), batch_stats, *args, train=train, **kwargs)
+        return forward(weights(params), batch_stats, *args, train=train, seed=seed, **kwargs)
 
     return Model(init_params, apply, kernels, forward, weights, tiling, module, recipe)
 
@@ -319,40 +356,3 @@ def _init_resnet(module: ResNet, generator: Generator) -> tuple[dict[str, Tensor
         for name, meta in module.named_buffers()
     }
     return init_weights(module, generator), buffers
-
-
-def _on_meta(module: nn.Module) -> nn.Module:
-    """A copy of `module` without data; tied parameters stay tied."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in module.parameters()
-    }
-    memo |= {id(b): b.detach().to("meta") for b in module.buffers()}
-    return copy.deepcopy(module, memo)
-
-
-_TILEABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-
-
-def _default_targets(module: nn.Module, unit: tuple[int, int]) -> list[str]:
-    """Every convolution and linear weight of at least one full unit, but the first and last layer."""
-    weights = [
-        (f"{path}.weight" if path else "weight", layer.weight.shape)
-        for path, layer in module.named_modules()
-        if isinstance(layer, _TILEABLE)
-    ]
-    known = {name for name, _ in module.named_parameters()}
-    return [name for name, shape in weights[1:-1] if name in known and shape[0] >= unit[0] and shape[1] >= unit[1]]
-
-
-def _match_targets(module: nn.Module, targets: Iterable[str]) -> list[str]:
-    """The parameters that the names and patterns match, in the module's order."""
-    names = [name for name, _ in module.named_parameters()]
-    chosen: set[str] = set()
-    for target in [targets] if isinstance(targets, str) else targets:
-        matches = [name for name in names if name == target or fnmatchcase(name, target)]
-        if not matches:
-            near = difflib.get_close_matches(target, names, n=3, cutoff=0.4)
-            hint = f"; near names: {', '.join(near)}" if near else ""
-            raise ValueError(f"targets: the module has no parameter {target!r}{hint}")
-        chosen |= set(matches)
-    return [name for name in names if name in chosen]

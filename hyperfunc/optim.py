@@ -33,6 +33,20 @@ class Momentum(NamedTuple):
     m: Float[Tensor, "params"]
 
 
+class Scaled(NamedTuple):
+    """The state of an optimizer under `scaled`.
+
+    Attributes:
+        scale: What the loss is to be multiplied by before its gradient is taken.
+        streak: Updates in turn whose gradients were finite, since the scale last changed.
+        inner: The optimizer's own state.
+    """
+
+    scale: Float[Tensor, ""]
+    streak: Int[Tensor, ""]
+    inner: Any
+
+
 class Optimizer(NamedTuple):
     """An optimizer as pure functions.
 
@@ -127,6 +141,53 @@ def sgd(learning_rate: float | Schedule, *, momentum: float = 0.9, weight_decay:
         return unravel(theta - schedule(step) * (g + momentum * m)), Momentum(m)
 
     return Optimizer(init, update, schedule)
+
+
+def scaled(optimizer: Optimizer, *, first: float = 2.0**16, grow_after: int = 2000) -> Optimizer:
+    """`optimizer` for gradients of a loss that was multiplied by `opt_state.scale`, which keeps small ones within the
+    range of fp16 (Micikevicius et al. 2017, arXiv 1710.03740, section 3.2).
+
+    Gradients that are not finite change nothing but the scale, which is halved; after `grow_after` finite ones in turn
+    it is doubled. The rule is that of `torch.amp.GradScaler`, but as operations on tensors, so that no update waits for
+    the device. The step counts on through an update that is left out, and with it the schedule and Adam's correction of
+    its means.
+
+    Args:
+        optimizer: What the gradients, divided by the scale again, go to.
+        first: The scale at the start.
+        grow_after: See above.
+
+    Raises:
+        ValueError: `first` is not positive or not finite, or `grow_after` is not positive.
+    """
+    if not (math.isfinite(first) and first > 0):
+        raise ValueError(f"first: got {first}, expected a finite number above 0")
+    if grow_after < 1:
+        raise ValueError(f"grow_after: got {grow_after}, expected at least 1")
+
+    def init(params: Any) -> Scaled:
+        device = tree.leaves(params)[0].device
+        scale = torch.full((), first, dtype=torch.float32, device=device)
+        return Scaled(scale, torch.zeros((), dtype=torch.int64, device=device), optimizer.init(params))
+
+    def update(grads: Any, opt_state: Scaled, params: Any, step: Int[Tensor, ""]) -> tuple[Any, Scaled]:
+        scale, streak, inner = opt_state
+        vector, unravel = tree.ravel(grads)
+        finite = vector.isfinite().all()
+        new_params, new_inner = optimizer.update(unravel(vector / scale), inner, params, step)
+
+        def chosen(new: Any, old: Any) -> Any:
+            new_vector, unravel = tree.ravel(new)
+            return unravel(torch.where(finite, new_vector, tree.ravel(old)[0]))
+
+        streak = torch.where(finite, streak + 1, 0)
+        grows = streak >= grow_after
+        # A scale that is halved for ever would become 0, and one that is doubled for ever infinite.
+        scale = torch.where(finite, torch.where(grows, scale * 2, scale), scale / 2).clamp(2.0**-14, 2.0**24)
+        new_state = Scaled(scale, torch.where(grows, 0, streak), chosen(new_inner, inner))
+        return chosen(new_params, params), new_state
+
+    return Optimizer(init, update, optimizer.learning_rate)
 
 
 def constant(value: float) -> Schedule:

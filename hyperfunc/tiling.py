@@ -16,22 +16,53 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+class Kernel(NamedTuple):
+    """A parameter as the tiling sees it.
+
+    Most parameters are tiled as they are. Others are laid out as a `plane` first: matrices and kernels whose input
+    channels come first are transposed, and those with hardly any input channels are folded, several output channels to
+    a row, because a row of a basic kernel would else be cropped to the little that they need.
+
+    Attributes:
+        shape: The parameter's own shape.
+        plane: The shape (out, in, *window) that is tiled: the parameter's, unless it is transposed or folded.
+        fan_in: Inputs that one output sums over.
+        std: Standard deviation that its entries start with.
+        mean: What is added to all that is generated: 1 for the scale of a norm.
+        transposed: Whether the first two axes of the plane are those of the parameter the other way round.
+        zero_row: A row that is zero for ever, as an embedding's padding is.
+    """
+
+    shape: tuple[int, ...]
+    plane: tuple[int, ...]
+    fan_in: float
+    std: float
+    mean: float = 0.0
+    transposed: bool = False
+    zero_row: int | None = None
+
+
 class Layer(NamedTuple):
-    """One generated tensor: its name in the module, its shape (out, in, *window) and its grid (output, input tiles)."""
+    """One generated tensor: its name in the module, how it is laid out, and its grid (output, input tiles)."""
 
     name: str
-    shape: tuple[int, ...]
+    kernel: Kernel
     grid: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the parameter."""
+        return self.kernel.shape
 
     @property
     def window(self) -> tuple[int, ...]:
         """The spatial extent of the kernel; () for a matrix."""
-        return self.shape[2:]
+        return self.kernel.plane[2:]
 
     @property
-    def fan_in(self) -> int:
+    def fan_in(self) -> float:
         """Inputs that one output of the whole layer sums over."""
-        return math.prod(self.shape[1:])
+        return self.kernel.fan_in
 
     @property
     def units(self) -> int:
@@ -56,18 +87,31 @@ def window_key(window: Sequence[int]) -> str:
     return "x".join(str(extent) for extent in window) or "matrix"
 
 
-def tile(shapes: Mapping[str, Sequence[int]], unit: tuple[int, int] = (16, 16)) -> Tiling:
-    """Lays the grid of basic kernels over every named shape (out, in, *window).
+def plain_kernel(shape: Sequence[int]) -> Kernel:
+    """A kernel (out, in, *window) that is tiled as it is and starts with He's variance for the inputs of an output.
+
+    Raises:
+        ValueError: `shape` has fewer than two dimensions.
+    """
+    if len(shape) < 2:
+        raise ValueError(f"a generated tensor needs the shape (out, in, *window), got {tuple(shape)}")
+    fan_in = math.prod(shape[1:])
+    return Kernel(tuple(shape), tuple(shape), fan_in, (2 / fan_in) ** 0.5)
+
+
+def tile(kernels: Mapping[str, Kernel | Sequence[int]], unit: tuple[int, int] = (16, 16)) -> Tiling:
+    """Lays the grid of basic kernels over every named kernel, or over a plain one of the shape (out, in, *window).
 
     Raises:
         ValueError: A shape has fewer than two dimensions.
     """
     layers: dict[str, list[Layer]] = {}
-    for name, shape in shapes.items():
-        if len(shape) < 2:
-            raise ValueError(f"{name}: a generated tensor needs the shape (out, in, *window), got {tuple(shape)}")
-        grid = (math.ceil(shape[0] / unit[0]), math.ceil(shape[1] / unit[1]))
-        layer = Layer(name, tuple(shape), grid)
+    for name, value in kernels.items():
+        try:
+            kernel = value if isinstance(value, Kernel) else plain_kernel(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        layer = Layer(name, kernel, (math.ceil(kernel.plane[0] / unit[0]), math.ceil(kernel.plane[1] / unit[1])))
         layers.setdefault(window_key(layer.window), []).append(layer)
     return Tiling(unit, {key: tuple(value) for key, value in layers.items()})
 
@@ -75,7 +119,7 @@ def tile(shapes: Mapping[str, Sequence[int]], unit: tuple[int, int] = (16, 16)) 
 def assemble(layers: Sequence[Layer], units: Float[Tensor, "units out in *window"]) -> dict[str, Tensor]:
     """Puts basic kernels, in the order of `layers` and of each layer's grid, together to whole kernels.
 
-    Consecutive layers of one shape are put together at once, so that the cost is a copy for each run of equal layers
+    Consecutive layers of one layout are put together at once, so that the cost is a copy for each run of equal layers
     and not for each layer or unit; the layers of a run are views of one tensor. Kernels with a two-dimensional window
     come out in channels_last memory order, the one that the fast convolutions want.
     """
@@ -89,10 +133,10 @@ def assemble(layers: Sequence[Layer], units: Float[Tensor, "units out in *window
 
 
 def _runs(layers: Sequence[Layer]) -> list[list[Layer]]:
-    """Consecutive layers of one shape; itertools.groupby is nothing that torch.compile can trace in torch 2.7."""
+    """Consecutive layers of one layout; itertools.groupby is nothing that torch.compile can trace in torch 2.7."""
     runs: list[list[Layer]] = []
     for layer in layers:
-        if runs and runs[-1][0].shape == layer.shape:
+        if runs and runs[-1][0].kernel == layer.kernel:
             runs[-1].append(layer)
         else:
             runs.append([layer])
@@ -100,7 +144,8 @@ def _runs(layers: Sequence[Layer]) -> list[list[Layer]]:
 
 
 def _assemble_run(layer: Layer, count: int, units: Tensor) -> tuple[Tensor, ...]:
-    """The kernels of `count` layers that are all shaped like `layer`."""
+    """The kernels of `count` layers that are all laid out like `layer`."""
+    kernel = layer.kernel
     # Input channels last in memory: exactly channels_last for a two-dimensional window, and one copy in any case, also
     # where a layer is a single tile and a view would do.
     whole = rearrange(
@@ -111,6 +156,16 @@ def _assemble_run(layer: Layer, count: int, units: Tensor) -> tuple[Tensor, ...]
         tile_in=layer.grid[1],
     )
     whole = whole.contiguous().movedim(-1, 2)
-    if whole.shape[1:3] != layer.shape[:2]:
-        whole = whole[:, : layer.shape[0], : layer.shape[1]]
+    if whole.shape[1:3] != kernel.plane[:2]:
+        whole = whole[:, : kernel.plane[0], : kernel.plane[1]]
+    if kernel.transposed:
+        whole = whole.transpose(1, 2)
+    if whole.shape[1:] != kernel.shape:
+        whole = whole.reshape(count, -1)[:, : math.prod(kernel.shape)].reshape(count, *kernel.shape)
+    if kernel.mean:
+        whole = whole + kernel.mean
+    if kernel.zero_row is not None:
+        # Not in place and not by an index, which vmap and an older compiler take worse than a product.
+        rows = torch.arange(kernel.shape[0], device=whole.device) != kernel.zero_row
+        whole = whole * rows.to(whole.dtype).unsqueeze(1)
     return whole.unbind(0)

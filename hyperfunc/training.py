@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.func import grad, grad_and_value
 from torch.nn import functional as F
 
-from hyperfunc import tree
+from hyperfunc import data, tree
 from hyperfunc.model import BatchStats, Model, Params
-from hyperfunc.optim import Optimizer
+from hyperfunc.optim import Optimizer, Scaled
+from hyperfunc.precision import LOW, Precision, autocast
+from hyperfunc.randomness import Seed, drawing_layers, fold_in
 
 Decay = Literal["parameters", "generated"]
 
@@ -41,6 +43,8 @@ class Metrics(NamedTuple):
 
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
+EvalStep = Callable[[tuple[dict[str, Tensor], BatchStats], Any], Metrics]
+
 
 def init_state(model: Model, optimizer: Optimizer, generator: torch.Generator) -> TrainState:
     """A fresh state, on the generator's device, with the step at 0."""
@@ -56,6 +60,8 @@ def make_train_step(
     load: Load = tuple,
     decay: Decay = "parameters",
     weight_decay: float = 0.0,
+    precision: Precision = "fp32",
+    seed: int = 0,
 ) -> Step:
     """Builds `step(state, batch) -> (new state, metrics)`; the arguments are never written.
 
@@ -65,19 +71,25 @@ def make_train_step(
 
     Args:
         model: The network.
-        optimizer: From `optim`.
+        optimizer: From `optim`. Under `optim.scaled` the gradients are those of the scaled loss, which keeps them
+            within the range of fp16; the metrics show the loss itself.
         load: Makes (images, labels) out of a batch; by default a batch is that pair.
         decay: "generated", or "parameters", where this function leaves the decay to the optimizer.
         weight_decay: Used under decay="generated" alone.
+        precision: What products are computed in; see `precision`. The parameters may be of any dtype but for bf16 and
+            fp16, where they should be float32.
+        seed: Of the model's own randomness, its dropout for example, which is a function of it and of the step.
 
     Raises:
         ValueError: `decay` is unknown, or `weight_decay` is given where it would be ignored.
     """
-    objective = _make_objective(model, decay, weight_decay)
+    objective = _make_objective(model, decay, weight_decay, precision)
+    step_seed = _make_step_seed(model, seed)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         images, labels = load(batch)
-        function = objective(state.batch_stats, images, labels)
+        scale = state.opt_state.scale if isinstance(state.opt_state, Scaled) else None
+        function = objective(state.batch_stats, images, labels, scale, step_seed(state))
         grads, (_, (loss, logits, batch_stats)) = grad_and_value(function, has_aux=True)(state.params)
         params, opt_state = optimizer.update(grads, state.opt_state, state.params, state.step)
         new_state = TrainState(state.step + 1, params, batch_stats, opt_state)
@@ -86,48 +98,96 @@ def make_train_step(
     return step
 
 
+def scan(step: Step, batch_size: int) -> Step:
+    """`step` over the batches of `batch_size` rows that a longer batch consists of, one after the other, as one step.
+
+    What is captured of it is several steps in one CUDA graph, between which the host has nothing to do.
+
+    Args:
+        step: A step of batches whose leaves all have the examples as first dimension.
+        batch_size: Rows a step; the last step gets what is left.
+
+    Returns:
+        A step whose metrics have one row for each of the steps it consists of.
+    """
+
+    def steps(state: TrainState, rows: Any) -> tuple[TrainState, Metrics]:
+        metrics: list[Metrics] = []
+        for batch in data.batches(rows, batch_size):
+            state, of_step = step(state, batch)
+            metrics.append(of_step)
+        return state, tree.map(lambda *values: torch.stack(values), *metrics)
+
+    return steps
+
+
 def make_gradients(
-    model: Model, *, load: Load = tuple, decay: Decay = "parameters", weight_decay: float = 0.0
+    model: Model,
+    *,
+    load: Load = tuple,
+    decay: Decay = "parameters",
+    weight_decay: float = 0.0,
+    precision: Precision = "fp32",
+    seed: int = 0,
 ) -> Callable[[TrainState, Any], Params]:
-    """Builds `gradients(state, batch) -> params`, what a train step of the same arguments gives to its optimizer."""
-    objective = _make_objective(model, decay, weight_decay)
+    """Builds `gradients(state, batch) -> params`, what a train step of the same arguments gives to its optimizer, but
+    for a scale of the loss."""
+    objective = _make_objective(model, decay, weight_decay, precision)
+    step_seed = _make_step_seed(model, seed)
 
     def gradients(state: TrainState, batch: Any) -> Params:
-        return grad(objective(state.batch_stats, *load(batch)), has_aux=True)(state.params)[0]
+        images, labels = load(batch)
+        function = objective(state.batch_stats, images, labels, None, step_seed(state))
+        return grad(function, has_aux=True)(state.params)[0]
 
     return gradients
 
 
-def make_eval_step(model: Model, *, load: Load = tuple) -> Callable[[dict[str, Tensor], BatchStats, Any], Metrics]:
-    """Builds `eval_step(weights, batch_stats, batch) -> metrics`, under the running statistics.
+def make_eval_step(model: Model, *, load: Load = tuple, precision: Precision = "fp32") -> EvalStep:
+    """Builds `eval_step((weights, batch_stats), batch) -> metrics`, under the running statistics.
 
     It takes the weights (`model.weights(params)`) and not the parameters, so that an evaluation over many batches
     generates the kernels once.
     """
 
     @torch.no_grad()
-    def eval_step(weights: dict[str, Tensor], batch_stats: BatchStats, batch: Any) -> Metrics:
+    def eval_step(network: tuple[dict[str, Tensor], BatchStats], batch: Any) -> Metrics:
+        weights, batch_stats = network
         images, labels = load(batch)
-        logits, _ = model.forward(weights, batch_stats, images, train=False)
+        with autocast(precision, images.device):
+            logits, _ = model.forward(weights, batch_stats, images, train=False)
+        logits = _loss_dtype(logits, precision)
         return _metrics(F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
 
     return eval_step
 
 
 def evaluate(
-    model: Model, params: Params, batch_stats: BatchStats, batches: Iterable[Any], *, load: Load = tuple
+    model: Model,
+    params: Params,
+    batch_stats: BatchStats,
+    batches: Iterable[Any],
+    *,
+    eval_step: EvalStep | None = None,
 ) -> Metrics:
     """The metrics over all batches.
+
+    Args:
+        model: The network.
+        params: Its parameters, of which the kernels are generated once.
+        batch_stats: Its running statistics.
+        batches: What `eval_step` takes.
+        eval_step: Of `make_eval_step`, as it is, compiled or captured; by default one for batches (images, labels).
 
     Raises:
         ValueError: There is no batch.
     """
-    eval_step = make_eval_step(model, load=load)
+    eval_step = eval_step or make_eval_step(model)
     with torch.no_grad():
-        weights = model.weights(params)
+        network = model.weights(params), batch_stats
     total: Metrics | None = None
     for batch in batches:
-        metrics = eval_step(weights, batch_stats, batch)
+        metrics = eval_step(network, batch)
         total = metrics if total is None else tree.map(torch.add, total, metrics)
     if total is None:
         raise ValueError("batches: got none, expected at least one")
@@ -138,8 +198,8 @@ Objective = Callable[[Params], tuple[Tensor, tuple[Tensor, Tensor, BatchStats]]]
 """What training descends, and beside it the loss, the logits and the new statistics."""
 
 
-def _make_objective(model: Model, decay: str, weight_decay: float) -> Callable[[BatchStats, Tensor, Tensor], Objective]:
-    """Builds `objective(batch_stats, images, labels)`, which gives the objective on that batch."""
+def _make_objective(model: Model, decay: str, weight_decay: float, precision: Precision) -> Callable[..., Objective]:
+    """Builds `objective(batch_stats, images, labels, scale, seed)`, which gives the objective on that batch."""
     if decay not in get_args(Decay):
         raise ValueError(f"decay: got {decay!r}, expected one of {', '.join(get_args(Decay))}")
     if decay == "parameters" and weight_decay:
@@ -148,18 +208,38 @@ def _make_objective(model: Model, decay: str, weight_decay: float) -> Callable[[
             "or choose decay='generated'"
         )
 
-    def objective(old_stats: BatchStats, images: Tensor, labels: Tensor) -> Objective:
+    def objective(
+        old_stats: BatchStats, images: Tensor, labels: Tensor, scale: Tensor | None, seed: Seed | None
+    ) -> Objective:
         # The batch is closed over: torch.func.grad would wrap arguments, and wrapped statistics are copied one by one.
         def function(params: Params) -> tuple[Tensor, tuple[Tensor, Tensor, BatchStats]]:
-            weights = model.weights(params)
-            logits, batch_stats = model.forward(weights, old_stats, images, train=True)
+            with autocast(precision, images.device):
+                weights = model.weights(params)
+                logits, batch_stats = model.forward(weights, old_stats, images, train=True, seed=seed)
+            logits = _loss_dtype(logits, precision)
             loss = F.cross_entropy(logits, labels)
-            penalty = 0.5 * weight_decay * tree.ravel(weights)[0].square().sum() if weight_decay else 0.0
-            return loss + penalty, (loss, logits, batch_stats)
+            total = loss
+            if weight_decay:
+                # Generated weights may be of 16 bits, ordinary ones never are.
+                wide = tree.to(weights, torch.float32) if precision in LOW else weights
+                total = total + 0.5 * weight_decay * tree.ravel(wide)[0].square().sum()
+            if scale is not None:
+                total = total * scale
+            return total, (loss, logits, batch_stats)
 
         return function
 
     return objective
+
+
+def _make_step_seed(model: Model, seed: int) -> Callable[[TrainState], Seed | None]:
+    """Builds the seed of each step; None for a model without dropout, which would only run slower under one."""
+    is_random = bool(drawing_layers(model.module))
+    return lambda state: fold_in(seed, state.step) if is_random else None
+
+
+def _loss_dtype(logits: Tensor, precision: Precision) -> Tensor:
+    return logits.float() if precision in LOW else logits
 
 
 def _metrics(loss: Tensor, logits: Tensor, labels: Tensor) -> Metrics:

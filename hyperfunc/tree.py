@@ -7,6 +7,7 @@ to torch and may move.
 # torch.compile cannot trace the evaluation of an annotation, and functions are defined inside of what it traces.
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 Tree = TypeVar("Tree")
 """Any nesting of NamedTuple, dict, list and tuple whose leaves are tensors."""
@@ -69,6 +72,21 @@ def clone(tree: Tree) -> Tree:
     return replace_leaves(tree, [copies[place] for place in range(len(values))])
 
 
+def mapped_with(tree: Tree, others: Any) -> Tree:
+    """`tree`, and where `torch.vmap` maps over a leaf of `others`, mapped along with it, the same for all members.
+
+    So each member has leaves of its own to write into, which vmap demands of what is written in place. torch.compile
+    cannot trace the question; under it nothing is mapped along.
+    """
+    if torch.compiler.is_compiling():
+        return tree
+    mapped = [leaf for leaf in pytree.tree_leaves(others) if isinstance(leaf, Tensor) and _is_mapped(leaf)]
+    if not mapped:
+        return tree
+    zero = functools.reduce(torch.add, [leaf.detach().new_zeros((), dtype=torch.int8) for leaf in mapped])
+    return map(lambda leaf: leaf + zero.to(leaf), tree)
+
+
 def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     """All leaves as one vector, and the function that makes the tree again from such a vector.
 
@@ -106,7 +124,16 @@ def is_readable(leaf: Tensor) -> bool:
 
 
 def _is_functorch_wrapped(leaf: Tensor) -> bool:
-    return torch._C._functorch.is_functorch_wrapped_tensor(leaf)  # pyright: ignore[reportAttributeAccessIssue]
+    return _functorch.is_functorch_wrapped_tensor(leaf)
+
+
+def _is_mapped(leaf: Tensor) -> bool:
+    """Whether a level of vmap maps over the leaf, however deep under levels of grad."""
+    while _functorch.is_functorch_wrapped_tensor(leaf):
+        if _functorch.is_batchedtensor(leaf):
+            return True
+        leaf = _functorch.get_unwrapped(leaf)
+    return False
 
 
 def _key_name(key: Any) -> str:

@@ -59,6 +59,23 @@ def test_a_hyperized_module_comes_back_with_the_module(tmp_path: Path, generator
         hf.load(tmp_path / "model", wider)
 
 
+def test_targets_of_any_kind_come_back_by_their_names(tmp_path: Path, generator: Generator) -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3, groups=64), nn.ConvTranspose2d(64, 16, 2, 2), nn.BatchNorm2d(16)
+        )
+
+    model = hf.hyperize(net(), targets=lambda name, parameter: parameter.dim() == 4 or name == "3.bias", z_dim=8)
+    params, batch_stats = model.init(generator)
+    hf.save(tmp_path / "model", model, params, batch_stats)
+    other, loaded_params, loaded_stats = hf.load(tmp_path / "model", net())
+    assert other.tiling == model.tiling
+    assert other.recipe["targets"] == ["0.weight", "1.weight", "2.weight", "3.bias"]
+    images = torch.randn(2, 3, 8, 8, generator=generator)
+    expected, _ = model.apply(params, batch_stats, images, train=False)
+    assert torch.equal(other.apply(loaded_params, loaded_stats, images, train=False)[0], expected)
+
+
 def test_files_that_hold_no_model_of_ours_are_named(tmp_path: Path, generator: Generator) -> None:
     checkpoint.save(tmp_path / "other", {"state": {}}, {})
     with pytest.raises(ValueError, match="other holds no model; expected a file that hyperfunc.save or train.py wrote"):

@@ -134,3 +134,63 @@ def test_cosine_with_warmup() -> None:
 def test_bad_input(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_scaled_optimizer_does_what_the_optimizer_does(generator: Generator) -> None:
+    inner = optim.adam(0.01, weight_decay=0.1)
+    ours = optim.scaled(inner, first=2.0**10)
+    params = {"a": torch.randn(3, 2, generator=generator), "b": torch.randn(4, generator=generator)}
+    state, expected_state, expected = ours.init(params), inner.init(params), params
+    for step in range(5):
+        grads = tree.map(lambda leaf: torch.randn(leaf.shape, generator=generator), params)
+        expected, expected_state = inner.update(grads, expected_state, expected, torch.tensor(step))
+        # Times a power of two: dividing it away again is exact.
+        scaled = tree.map(lambda leaf: leaf * 2.0**10, grads)
+        params, state = ours.update(scaled, state, params, torch.tensor(step))
+    assert_trees_equal(tree.named_leaves((params, state.inner)), tree.named_leaves((expected, expected_state)))
+    assert (state.scale, state.streak) == (2.0**10, 5)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_gradients_that_overflow_change_nothing_but_the_scale(bad: float, generator: Generator) -> None:
+    optimizer = optim.scaled(optim.adam(0.01), first=8.0)
+    params = {"a": torch.randn(3, generator=generator)}
+    grads = {"a": torch.tensor([1.0, bad, 1.0])}
+    state = optimizer.init(params)._replace(streak=torch.tensor(7))
+    new_params, new_state = optimizer.update(grads, state, params, torch.tensor(0))
+    assert_trees_equal(tree.named_leaves((new_params, new_state.inner)), tree.named_leaves((params, state.inner)))
+    assert (new_state.scale, new_state.streak) == (4.0, 0)
+
+
+def test_the_scale_moves_as_that_of_torch(generator: Generator) -> None:
+    """The rule itself, as torch's own operation has it, over random overflows; within the bounds that we set."""
+    ours = optim.scaled(optim.sgd(0.1), first=2.0**10, grow_after=3)
+    params = {"a": torch.zeros(1)}
+    state = ours.init(params)
+    scale, streak = torch.tensor(2.0**10), torch.tensor(0, dtype=torch.int32)
+    for step, chance in enumerate(torch.rand(60, generator=generator)):
+        overflows = chance < 0.25
+        grads = {"a": torch.tensor([math.inf if overflows else 1.0])}
+        params, state = ours.update(grads, state, params, torch.tensor(step))
+        torch.ops.aten._amp_update_scale_(scale, streak, overflows.float(), 2.0, 0.5, 3)
+        assert (state.scale, state.streak) == (scale, streak)
+
+
+def test_the_scale_stays_within_bounds() -> None:
+    ours = optim.scaled(optim.sgd(0.1), first=1.0, grow_after=1)
+    params = {"a": torch.zeros(1)}
+    state = ours.init(params)
+    for _ in range(60):
+        _, state = ours.update({"a": torch.full((1,), math.inf)}, state, params, torch.tensor(0))
+    assert 0 < state.scale < 1e-3
+    for _ in range(60):
+        _, state = ours.update({"a": torch.ones(1)}, state, params, torch.tensor(0))
+    assert state.scale == 2.0**24
+
+
+def test_a_scale_that_cannot_be() -> None:
+    for first in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"first: got {first}, expected a finite number above 0"):
+            optim.scaled(optim.sgd(0.1), first=first)
+    with pytest.raises(ValueError, match="grow_after: got 0, expected at least 1"):
+        optim.scaled(optim.sgd(0.1), grow_after=0)

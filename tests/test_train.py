@@ -244,7 +244,9 @@ def test_the_best_model_in_the_checkpoint_has_the_accuracy_that_was_printed(
     params, batch_stats = checkpoint.restore(loaded, "best", model.init(torch.Generator()))
     dataset = data.load_dataset("folder", folder, val_size=20)
     load = data.make_eval_load(data.measure(dataset.train))
-    metrics = training.evaluate(model, params, batch_stats, [dataset.test], load=load)
+    metrics = training.evaluate(
+        model, params, batch_stats, [dataset.test], eval_step=training.make_eval_step(model, load=load)
+    )
     assert train.loss_and_accuracy(metrics)[1] == pytest.approx(row["test/accuracy"])
 
 
@@ -448,7 +450,9 @@ def test_the_best_model_is_loaded_from_the_checkpoint_alone(folder: Path, tmp_pa
         progress = loaded.notes["progress"]
         dataset = data.load_dataset("folder", folder)
         load = data.make_eval_load(data.measure(dataset.train))
-        metrics = training.evaluate(model, params, batch_stats, [dataset.test], load=load)
+        metrics = training.evaluate(
+            model, params, batch_stats, [dataset.test], eval_step=training.make_eval_step(model, load=load)
+        )
         assert train.loss_and_accuracy(metrics)[1] == pytest.approx(progress["best_accuracy"])
 
 

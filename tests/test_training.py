@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import oracle
 import pytest
 import torch
@@ -10,6 +12,15 @@ from hyperfunc import optim, training, tree
 from hyperfunc.model import Model
 
 WEIGHT_DECAY = 0.01
+
+
+class Examples(NamedTuple):
+    images: Tensor
+    labels: Tensor
+
+
+def _examples(examples: Examples) -> tuple[Tensor, Tensor]:
+    return examples.images, examples.labels
 
 
 def a_batch(generator: Generator, count: int = 8) -> tuple[Tensor, Tensor]:
@@ -111,6 +122,21 @@ def test_evaluation_uses_the_running_statistics_and_leaves_them(generator: Gener
     weights = state.params.primary | oracle.resnet_kernels(state.params, 10, 1)
     logits = oracle.resnet_logits(weights, images, 10, state.batch_stats)
     torch.testing.assert_close(metrics.loss, F.cross_entropy(logits, labels, reduction="sum"))
+
+
+def test_a_scan_is_the_steps_in_turn(generator: Generator) -> None:
+    model = hf.hyper_resnet(10)
+    optimizer = optim.adam(0.002)
+    step, state = training.make_train_step(model, optimizer, load=_examples), a_state(model, optimizer)
+    examples = Examples(*a_batch(generator, 10))
+    expected, rows = state, []
+    for i in (0, 4, 8):
+        expected, metrics = step(expected, Examples(examples.images[i : i + 4], examples.labels[i : i + 4]))
+        rows.append(metrics)
+    found, metrics = training.scan(step, 4)(state, examples)
+    assert_trees_equal(tree.named_leaves(found), tree.named_leaves(expected))
+    assert_trees_equal(tree.named_leaves(metrics), tree.named_leaves(tree.map(lambda *row: torch.stack(row), *rows)))
+    assert metrics.total.tolist() == [4, 4, 2]
 
 
 def test_training_learns(generator: Generator) -> None:

@@ -1,0 +1,102 @@
+"""Any module as primary network: what it must be, its copy without data, and what must fit it."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from hyperfunc import tree
+
+
+def check_module(module: nn.Module) -> None:
+    """Raises a ValueError, naming the place and the cure, where `module` cannot be a primary network as it is."""
+    for path, layer in module.named_modules():
+        place = f"module: {path or 'it'} ({type(layer).__name__})"
+        for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
+            if is_lazy(tensor):
+                raise ValueError(
+                    f"{place} is lazily initialised, and its {name} has no shape yet; run one batch through the module "
+                    "before it is hyperized"
+                )
+        origin = f"{type(layer).__module__}."
+        if origin.startswith("torch.") and ".quantized." in origin:
+            raise ValueError(
+                f"{place} is quantized, and has no floating-point weights; hyperize the float module, and quantize "
+                "what hyperfunc.materialize gives"
+            )
+    devices: dict[str, str] = {}
+    for name, parameter in module.named_parameters():
+        devices.setdefault(str(parameter.device), name)
+    if len(devices) > 1:
+        places = ", ".join(f"{name} is on {device}" for device, name in devices.items())
+        raise ValueError(
+            f"module: its parameters must be on one device, but {places}; move it with module.to(...), and where they "
+            "are on meta give them values first, with module.to_empty(device=...)"
+        )
+    for name, parameter in module.named_parameters():
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            raise ValueError(
+                f"module: its parameter {name} is {str(parameter.dtype).removeprefix('torch.')} and cannot be trained; "
+                "register it as a buffer, or hyperize the module before it is quantized"
+            )
+
+
+def check_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], name: str = "state_dict") -> None:
+    """Raises a ValueError that names each difference where a state_dict does not fit `module`, of which shapes count.
+
+    A tied parameter may be given by any of its names, and by several. Buffers that are not persistent may be missing.
+
+    Args:
+        module: The primary network; it may be on the meta device.
+        state_dict: Tensors by name.
+        name: What the state_dict is called in the message.
+    """
+    first: dict[int, str] = {}
+    known: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    known |= dict(module.named_buffers(remove_duplicate=False))
+    given: set[str] = set()
+    for path, tensor in known.items():
+        first.setdefault(id(tensor), path)
+        if path in state_dict:
+            given.add(first[id(tensor)])
+    needed = {first[id(known[path])] for path in module.state_dict(keep_vars=True) if path in known}
+    differences = [f"{path} is missing" for path in sorted(needed - given)]
+    for path, tensor in state_dict.items():
+        if path not in known:
+            differences.append(f"{path} is unknown")
+        elif tensor.shape != known[path].shape:
+            differences.append(f"{path} is {tree.describe(tensor)}, expected {tree.describe(known[path])}")
+    if differences:
+        raise ValueError(
+            f"{name}: it does not fit the module ({type(module).__name__}): {'; '.join(differences)}; it must come "
+            "from a module of the same class and sizes"
+        )
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy of `module` without data; tied parameters stay tied."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in module.parameters()
+    }
+    memo |= {id(b): b.detach().to("meta") for b in module.buffers()}
+    return copy.deepcopy(module, memo)
+
+
+def with_values(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of `module`, in training mode, that holds copies of `values`; tied parameters stay tied.
+
+    Raises:
+        ValueError: They do not fit the module.
+    """
+    check_state_dict(module, values, "weights")
+    memo: dict[int, Any] = {}
+    for name, meta in module.named_parameters():
+        value = values[name].detach().clone(memory_format=torch.contiguous_format)
+        memo[id(meta)] = nn.Parameter(value, requires_grad=meta.requires_grad)
+    for name, meta in module.named_buffers():
+        memo[id(meta)] = values[name].detach().clone()
+    # deepcopy puts what the memo holds in the place of each tensor.
+    return copy.deepcopy(module, memo).train()

@@ -1,0 +1,291 @@
+"""Dropout as a function of a seed.
+
+A module's dropout draws from torch's global generator, which makes its output depend on what ran before. Under
+`Seeded(seed)` everything random that the module asks torch for is computed from the seed instead: number i of draw n is
+a hash of (seed, n, i), as in the counter-based generators of Salmon et al. (2011). That is arithmetic on tensors, so
+`torch.func`, `torch.vmap`, torch.compile and a CUDA graph take it as they take the rest, the seed may be a tensor that
+changes from call to call, and the global generator is neither read nor moved.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+Seed = int | Tensor
+"""A whole number, as int or as a tensor of one element."""
+
+_MASK = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9
+
+
+def drawing_layers(module: nn.Module) -> list[str]:
+    """The layers of `module` that draw random numbers in training, as `path (type)`.
+
+    Only layers are seen; a forward method may call `functional.dropout` by itself.
+    """
+    return [f"{path or 'it'} ({type(layer).__name__})" for path, layer in module.named_modules() if _rate_of(layer) > 0]
+
+
+def fold_in(seed: Seed, number: Seed) -> Seed:
+    """Another seed, for the `number`-th of the things that are to be random independently of each other."""
+    return _hash((_hash(_state(seed)) + _state(number)) & _MASK)
+
+
+class Seeded(TorchFunctionMode):
+    """A context in which what is random is a function of `seed` alone.
+
+    All kinds of dropout are, that of attention included, and `rand`, `randn`, their `_like`, `bernoulli`, and the
+    methods `bernoulli_`, `uniform_` and `normal_`. Under `torch.vmap` a seed that is not mapped gives all members the
+    same numbers, and a mapped one gives each its own.
+
+    Raises:
+        ValueError: What runs in the context calls for another kind of random number; or the seed is no whole number.
+    """
+
+    def __init__(self, seed: Seed) -> None:
+        super().__init__()
+        self.state = _state(seed)
+        self.draws = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _attention_forward(*args, **kwargs)
+        seeded_form = _SEEDED.get(func)
+        if seeded_form is not None and kwargs.get("generator") is None:
+            return seeded_form(self, func, *args, **kwargs)
+        if func in _RECURRENT and _drops_between_layers(args):
+            raise ValueError("seed: the dropout inside of a recurrent layer cannot be seeded; set its dropout to 0")
+        if func in _REFUSED and kwargs.get("generator") is None:
+            raise ValueError(
+                f"seed: the module calls torch's {func.__name__}, which draws from the global generator and cannot be "
+                "seeded from here; draw with torch.rand or torch.randn, or pass in what is random as an input"
+            )
+        return func(*args, **kwargs)
+
+    def bits(self, shape: Iterable[int], device: torch.device) -> Tensor:
+        """Fresh whole numbers, uniform in [0, 2^32)."""
+        self.draws += 1
+        first = _hash((self.state + self.draws * _GOLDEN) & _MASK)
+        second = _hash(first ^ _GOLDEN)
+        shape = tuple(shape)
+        index = torch.arange(math.prod(shape), device=device).view(shape)
+        return _hash(_hash(index ^ first) ^ second)
+
+    def uniform(self, shape: Iterable[int], device: torch.device) -> Tensor:
+        """Fresh numbers, uniform in [0, 1), in steps of 2^-24, which is as fine as float32 has them near 1."""
+        return (self.bits(shape, device) >> 8).float() * 2.0**-24
+
+    def normal(self, shape: Iterable[int], device: torch.device) -> Tensor:
+        """Fresh numbers of the unit normal distribution (Box and Muller 1958)."""
+        shape = tuple(shape)
+        radius = torch.sqrt(-2 * torch.log1p(-self.uniform(shape, device)))
+        return radius * torch.cos(2 * math.pi * self.uniform(shape, device))
+
+
+def _rate_of(layer: nn.Module) -> float:
+    """How much of its input a layer drops in training."""
+    # torchvision's StochasticDepth goes by its name, because torchvision takes a second to import.
+    if isinstance(layer, nn.modules.dropout._DropoutNd) or type(layer).__name__ == "StochasticDepth":
+        return float(layer.p)  # pyright: ignore[reportArgumentType]
+    if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)):
+        return layer.dropout
+    return 0.0
+
+
+def _drops_between_layers(args: tuple[Any, ...]) -> bool:
+    """Whether a recurrent function drops out: its rate is the one float of its arguments, and `training` the next."""
+    place = next(index for index, value in enumerate(args) if isinstance(value, float))
+    return args[place] > 0 and args[place + 1]
+
+
+def _state(seed: Seed) -> Any:
+    """32 bits that depend on all of the 64 of a seed."""
+    if isinstance(seed, Tensor) and (seed.numel() != 1 or seed.is_floating_point() or seed.is_complex()):
+        raise ValueError(f"seed: got a {seed.dtype} of shape {tuple(seed.shape)}, expected one whole number")
+    if isinstance(seed, Tensor):
+        seed = seed.long().reshape(())
+    return _hash(_hash(seed & _MASK) ^ ((seed >> 32) & _MASK))
+
+
+def _hash(x: Any) -> Any:
+    """A permutation of the whole numbers below 2^32 without visible order: two rounds of multiply and xor-shift.
+
+    The constants are of those that hash-prospector lists (T. Ettinger, public domain); both are below 2^31, so that no
+    product leaves the 63 bits of a signed integer.
+    """
+    x = x ^ (x >> 16)
+    x = (x * 0x21F0AAAD) & _MASK
+    x = x ^ (x >> 15)
+    x = (x * 0x735A2D97) & _MASK
+    return x ^ (x >> 15)
+
+
+# --- what stands in for torch's own functions; each takes the mode, the function, and the function's own arguments
+
+
+def _dropout(
+    mode: Seeded, func: Callable[..., Any], input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    return _drop(mode, input, input.shape, p, training, inplace)
+
+
+def _feature_dropout(
+    mode: Seeded, func: Callable[..., Any], input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    return _drop(mode, input, _channels(func, input), p, training, inplace)
+
+
+def _drop(mode: Seeded, input: Tensor, shape: Iterable[int], p: float, training: bool, inplace: bool) -> Tensor:
+    if not training or p == 0:
+        return input
+    kept = _keep(mode, shape, p, input.device).to(input.dtype)
+    output = input * (kept * (1 / (1 - p) if p < 1 else 0.0))
+    return input.copy_(output) if inplace else output
+
+
+def _alpha_dropout(
+    mode: Seeded, func: Callable[..., Any], input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False
+) -> Tensor:
+    """Klambauer et al. 2017 (arXiv 1706.02515), section 2: what is dropped takes SELU's limit, then mean and variance
+    are put right.
+    """
+    if not training or p == 0:
+        return input
+    shape = input.shape if func is F.alpha_dropout else _channels(func, input)
+    limit = -1.7580993408473766
+    kept = _keep(mode, shape, p, input.device)
+    scale = ((1 - p) * (1 + p * limit**2)) ** -0.5 if p < 1 else 0.0
+    output = scale * torch.where(kept, input, limit) - scale * limit * p
+    return input.copy_(output) if inplace else output
+
+
+def _keep(mode: Seeded, shape: Iterable[int], p: float, device: torch.device) -> Tensor:
+    return mode.bits(shape, device) >= int(p * 2**32)
+
+
+def _channels(func: Callable[..., Any], input: Tensor) -> tuple[int, ...]:
+    """One number a channel; the channels are the second axis, or the first where there is no axis of examples."""
+    alone = {F.dropout1d: 2, F.dropout3d: 4}.get(func) == input.dim()
+    leading = 1 if alone else 2
+    return (*input.shape[:leading], *[1] * (input.dim() - leading))
+
+
+def _attention(
+    mode: Seeded,
+    func: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    """Scaled dot-product attention, written out where it drops weights: no fused kernel takes a mask of ours."""
+    if dropout_p == 0:
+        return func(query, key, value, attn_mask=attn_mask, dropout_p=0.0, is_causal=is_causal, **kwargs)
+    if kwargs.get("enable_gqa"):
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
+    scale = kwargs.get("scale")
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    weights = scores.softmax(dim=-1)
+    return _drop(mode, weights, weights.shape, dropout_p, True, False) @ value
+
+
+def _rand(mode: Seeded, func: Callable[..., Any], *size: Any, **kwargs: Any) -> Tensor:
+    return _like_factory(mode, func, torch.empty(*size, **kwargs))
+
+
+def _rand_like(mode: Seeded, func: Callable[..., Any], input: Tensor, **kwargs: Any) -> Tensor:
+    return _like_factory(mode, func, torch.empty_like(input, **kwargs))
+
+
+def _like_factory(mode: Seeded, func: Callable[..., Any], like: Tensor) -> Tensor:
+    draw = mode.uniform if func in (torch.rand, torch.rand_like) else mode.normal
+    return draw(like.shape, like.device).to(like.dtype)
+
+
+def _bernoulli(mode: Seeded, func: Callable[..., Any], input: Tensor, p: Any = None, **kwargs: Any) -> Tensor:
+    chance = input if p is None else p
+    return (mode.uniform(input.shape, input.device) < chance).to(input.dtype)
+
+
+def _bernoulli_(mode: Seeded, func: Callable[..., Any], input: Tensor, p: Any = 0.5, **kwargs: Any) -> Tensor:
+    return input.copy_(mode.uniform(input.shape, input.device) < p)
+
+
+def _uniform_(mode: Seeded, func: Callable[..., Any], input: Tensor, a: float = 0.0, b: float = 1.0) -> Tensor:
+    return input.copy_(a + (b - a) * mode.uniform(input.shape, input.device))
+
+
+def _normal_(mode: Seeded, func: Callable[..., Any], input: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    return input.copy_(mean + std * mode.normal(input.shape, input.device))
+
+
+_SEEDED: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    F.dropout: _dropout,
+    torch.dropout: _dropout,
+    F.dropout1d: _feature_dropout,
+    F.dropout2d: _feature_dropout,
+    F.dropout3d: _feature_dropout,
+    F.alpha_dropout: _alpha_dropout,
+    F.feature_alpha_dropout: _alpha_dropout,
+    F.scaled_dot_product_attention: _attention,
+    torch.rand: _rand,
+    torch.randn: _rand,
+    torch.rand_like: _rand_like,
+    torch.randn_like: _rand_like,
+    torch.bernoulli: _bernoulli,
+    Tensor.bernoulli: _bernoulli,
+    Tensor.bernoulli_: _bernoulli_,
+    Tensor.uniform_: _uniform_,
+    Tensor.normal_: _normal_,
+}
+
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+
+_REFUSED = (
+    torch.normal,
+    torch.randint,
+    torch.randint_like,
+    torch.randperm,
+    torch.multinomial,
+    torch.poisson,
+    torch.rrelu,
+    F.rrelu,
+    F.gumbel_softmax,
+    Tensor.multinomial,
+    Tensor.exponential_,
+    Tensor.random_,
+    Tensor.cauchy_,
+    Tensor.log_normal_,
+    Tensor.geometric_,
+)
+
+# While a mode handles a call it is off, and so would miss the dropout inside of this function, which is Python; and the
+# function asks for a mode before anything else, so that it cannot be called with the mode on. This is the function
+# with a global name of its own for that question, to which the answer is no.
+_attention_forward = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda _: False},
+    "multi_head_attention_forward",
+    F.multi_head_attention_forward.__defaults__,
+)
+_attention_forward.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__

@@ -1,0 +1,143 @@
+"""Which parameters of a module are to be generated."""
+
+import difflib
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from hyperfunc.layers import is_linear_map, is_weight, kernel_of
+from hyperfunc.tiling import Kernel
+
+Target = str | type[nn.Module]
+Targets = Target | Iterable[Target] | Callable[[str, nn.Parameter], bool]
+"""Names, glob patterns, types of modules, or a predicate on (name, parameter)."""
+
+
+class Use(NamedTuple):
+    """One place where a parameter stands; a tied one has several."""
+
+    name: str
+    layer: nn.Module
+    short_name: str
+
+
+def choose(module: nn.Module, targets: Targets | None, unit: tuple[int, int]) -> dict[str, Kernel]:
+    """The chosen parameters by the first of their names, in the module's order, and how each is tiled.
+
+    A tied parameter starts with the least of the standard deviations that its layers call for: where an embedding is
+    also the head of a network, a unit variance would make its outputs far too large.
+
+    Args:
+        module: The module.
+        targets: A name or glob pattern of parameters, such as 'layer3.*.weight'; a type of module, for the weights of
+            all such modules and of what they contain; several of these; or a predicate. None for every weight of a
+            convolution, linear layer or attention projection that fills a unit, but the first and the last.
+        unit: Output and input channels of a basic kernel.
+
+    Raises:
+        ValueError: A target matches nothing, nothing is left to generate, or a target cannot be generated.
+    """
+    uses = _uses(module)
+    if targets is None:
+        chosen = _default(module, uses, unit)
+    elif callable(targets) and not isinstance(targets, type):
+        chosen = {name for name in uses if targets(name, module.get_parameter(name))}
+        if not chosen:
+            raise ValueError(
+                f"targets: the predicate chose none of the parameters of {_title(module)}: {_list(list(uses))}"
+            )
+    else:
+        several: list[Target] = [targets] if isinstance(targets, (str, type)) else list(targets)
+        if not several:
+            raise ValueError(
+                "targets: got none, expected at least one name, pattern or type; without the argument, convolutions "
+                "and linear layers are chosen, and hyperfunc.resnet shows a model that generates nothing"
+            )
+        chosen = {name for target in several for name in _matches(module, uses, target)}
+    return {name: _kernel(name, places, unit) for name, places in uses.items() if name in chosen}
+
+
+def _uses(module: nn.Module) -> dict[str, list[Use]]:
+    """All parameters by the first of their names, and where each of them stands."""
+    names: dict[int, str] = {}
+    uses: dict[str, list[Use]] = {}
+    for path, layer in module.named_modules():
+        for short_name, parameter in layer.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{path}.{short_name}" if path else short_name
+            first = names.setdefault(id(parameter), name)
+            uses.setdefault(first, []).append(Use(name, layer, short_name))
+    return uses
+
+
+def _kernel(name: str, uses: list[Use], unit: tuple[int, int]) -> Kernel:
+    parameter: Tensor = uses[0].layer.get_parameter(uses[0].short_name)
+    if not parameter.is_floating_point():
+        raise ValueError(
+            f"targets: {name} is {str(parameter.dtype).removeprefix('torch.')}, and only real floating-point "
+            "parameters can be generated; leave it out of the targets, or hyperize the module before it is quantized"
+        )
+    try:
+        kernels = [kernel_of(use.layer, use.short_name, unit) for use in uses]
+    except ValueError as error:
+        raise ValueError(f"targets: {name}: {error}") from None
+    rows = [kernel.zero_row for kernel in kernels if kernel.zero_row is not None]
+    return min(kernels, key=lambda kernel: kernel.std)._replace(zero_row=rows[0] if rows else None)
+
+
+def _default(module: nn.Module, uses: dict[str, list[Use]], unit: tuple[int, int]) -> set[str]:
+    """Every weight of a linear map that fills a unit, but those of the first and the last layer."""
+    maps = [
+        (use.layer, name) for name, places in uses.items() for use in places if is_linear_map(use.layer, use.short_name)
+    ]
+    order = {layer: index for index, layer in enumerate(module.modules())}
+    ends = {min(order[layer] for layer, _ in maps), max(order[layer] for layer, _ in maps)} if maps else set()
+    outside = {name for layer, name in maps if order[layer] in ends}
+    chosen = set()
+    for name in {name for _, name in maps} - outside:
+        plane = kernel_of(uses[name][0].layer, uses[name][0].short_name, unit).plane
+        if plane[0] >= unit[0] and plane[1] >= unit[1]:
+            chosen.add(name)
+    if not chosen:
+        raise ValueError(
+            f"targets: none of the weights of {_title(module)} fills a unit of {unit[0]}x{unit[1]} channels between "
+            f"its first and its last layer; give a smaller unit, or name what to generate: {_list(list(uses))}"
+        )
+    return chosen
+
+
+def _matches(module: nn.Module, uses: dict[str, list[Use]], target: Target) -> set[str]:
+    if isinstance(target, str):
+        # A tied parameter may be named by any of its names.
+        first = {use.name: name for name, places in uses.items() for use in places}
+        found = {first[name] for name in first if name == target or fnmatchcase(name, target)}
+        if not found:
+            near = difflib.get_close_matches(target, first, n=3, cutoff=0.4)
+            hint = f"; near names: {', '.join(near)}" if near else f"; it has {_list(list(first))}"
+            raise ValueError(f"targets: the module has no parameter {target!r}{hint}")
+        return found
+    inside = {id(part) for layer in module.modules() if isinstance(layer, target) for part in layer.modules()}
+    found = {
+        name
+        for name, places in uses.items()
+        for use in places
+        if id(use.layer) in inside and is_weight(use.layer, use.short_name)
+    }
+    if not found:
+        types = dict.fromkeys(
+            type(use.layer).__name__ for places in uses.values() for use in places if is_weight(*use[1:])
+        )
+        raise ValueError(
+            f"targets: the module has no weight in a {target.__name__}, but in {_list(list(types)) or 'no layer'}; "
+            "biases and norms are chosen by name"
+        )
+    return found
+
+
+def _title(module: nn.Module) -> str:
+    return f"the module ({type(module).__name__})"
+
+
+def _list(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,185 @@
+"""What a primary network must be, and the way back to an ordinary module."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_trees_equal
+from torch import Generator, Tensor, nn
+from torch.ao.nn.quantized.dynamic import Linear as QuantizedLinear
+from torch.nn import functional as F
+
+import hyperfunc as hf
+from hyperfunc import tree
+from hyperfunc.primary import check_state_dict
+
+
+class Net(nn.Module):
+    """Convolutions, a norm, tied linear layers, and a buffer that no file holds."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.bn = nn.BatchNorm2d(width)
+        self.conv = nn.Conv2d(width, 32, 3, stride=2)
+        self.first = nn.Linear(32, 32)
+        self.second = nn.Linear(32, 32)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(32, 4)
+        self.head.bias.requires_grad_(False)
+        self.scale: Tensor
+        self.register_buffer("scale", torch.tensor(0.5), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        h = torch.relu(self.conv(torch.relu(self.bn(self.stem(images))))).mean((2, 3)) * self.scale
+        return self.head(torch.relu(self.second(torch.relu(self.first(h)))))
+
+
+Trained = tuple[hf.Model, hf.Params, hf.BatchStats, Tensor, Tensor]
+
+
+@pytest.fixture(scope="module")
+def trained() -> Trained:
+    """A model with statistics of its own."""
+    generator = Generator().manual_seed(0)
+    model = hf.hyperize(Net(), z_dim=16)
+    params, batch_stats = model.init(generator)
+    images, labels = 1 + torch.randn(8, 3, 12, 12, generator=generator), torch.arange(8) % 4
+    for _ in range(3):
+        _, batch_stats = model.apply(params, batch_stats, images, train=True)
+    return model, params, batch_stats, images, labels
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_materialized_network_starts_at_the_loss_of_the_hypernetwork_and_can_be_tuned(
+    trained: Trained, train: bool
+) -> None:
+    model, params, batch_stats, images, labels = trained
+    before = tree.named_leaves(tree.clone((params, batch_stats)))
+    network = hf.materialize(model, params, batch_stats)
+    assert type(network) is Net
+    assert network.training
+    network.train(train)
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    assert len(trainable) == len(list(network.parameters())) - 1
+    optimizer = torch.optim.SGD(trainable, lr=0.1)
+    losses = []
+    for _ in range(5):
+        loss = F.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    expected = F.cross_entropy(model.apply(params, batch_stats, images, train=train)[0], labels).item()
+    assert losses[0] == pytest.approx(expected, rel=1e-6)
+    assert losses[-1] < losses[0]
+    assert_trees_equal(tree.named_leaves((params, batch_stats)), before)
+    assert network.get_parameter("first.weight") is network.get_parameter("second.weight")
+
+
+def test_its_state_dict_loads_into_the_class(trained: Trained) -> None:
+    model, params, batch_stats, images, _ = trained
+    own = Net()
+    own.load_state_dict(hf.materialize(model, params, batch_stats).state_dict())
+    expected = model.apply(params, batch_stats, images, train=False)[0]
+    torch.testing.assert_close(own.eval()(images), expected)
+
+
+def test_it_can_be_exported(trained: Trained) -> None:
+    model, params, batch_stats, images, _ = trained
+    network = hf.materialize(model, params, batch_stats).eval()
+    exported = torch.export.export(network, (images,), dynamic_shapes={"images": {0: torch.export.Dim("n", min=2)}})
+    torch.testing.assert_close(
+        exported.module()(images[:5]), model.apply(params, batch_stats, images[:5], train=False)[0]
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own, of its own parts
+def test_it_runs_under_onnx(trained: Trained, tmp_path: Path) -> None:
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name, reason=f"needs {name}: pip install -e '.[dev]'")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install -e '.[dev]'")
+    model, params, batch_stats, images, _ = trained
+    network = hf.materialize(model, params, batch_stats).eval()
+    path = tmp_path / "net.onnx"
+    torch.onnx.export(network, (images,), str(path), dynamo=True, input_names=["images"], verbose=False)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": images.numpy()})
+    expected = model.apply(params, batch_stats, images, train=False)[0]
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_of_another_model_cannot_be_materialized(trained: Trained) -> None:
+    model, params, batch_stats, *_ = trained
+    other = hf.hyperize(Net(32), z_dim=16)
+    with pytest.raises(
+        ValueError, match=r"weights: it does not fit the module \(Net\): .*stem.weight is float32\[16, 3"
+    ):
+        hf.materialize(other, params._replace(embeddings=other.init(Generator())[0].embeddings), batch_stats)
+    with pytest.raises(ValueError, match="bn.running_mean is missing"):
+        hf.materialize(model, params, {name: batch_stats[name] for name in batch_stats if name != "bn.running_mean"})
+
+
+def test_a_state_dict_that_does_not_fit_is_described() -> None:
+    module = Net()
+    check_state_dict(module, module.state_dict())
+    state_dict = dict(module.state_dict())
+    del state_dict["second.weight"]  # tied, and there by its other name
+    check_state_dict(module, state_dict)
+    del state_dict["first.weight"], state_dict["bn.running_var"]
+    state_dict |= {"first.wieght": torch.zeros(1), "conv.bias": torch.zeros(31)}
+    message = (
+        r"state_dict: it does not fit the module \(Net\): bn.running_var is missing; first.weight is missing; "
+        r"conv.bias is float32\[31\], expected float32\[32\]; first.wieght is unknown; it must come from a module of "
+    )
+    with pytest.raises(ValueError, match=message):
+        check_state_dict(module, state_dict)
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 16), nn.Sequential(nn.ReLU(), nn.LazyLinear(16)))
+
+
+def lazy_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 16), nn.LazyBatchNorm1d())
+
+
+def quantized() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 16), QuantizedLinear(16, 16))
+
+
+def with_integers() -> nn.Module:
+    module = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    module[1].weight = nn.Parameter(torch.ones(16, 16, dtype=torch.int8), requires_grad=False)
+    return module
+
+
+def on_two_devices() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16, device="meta"))
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # that torch will drop such modules
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lazy, r"module: 1.1 \(LazyLinear\) is lazily initialised.* run one batch through the module before"),
+        (lazy_norm, r"module: 1 \(LazyBatchNorm1d\) is lazily initialised"),
+        (quantized, r"module: 1 \(Linear\) is quantized.* hyperize the float module, and quantize what"),
+        (with_integers, "module: its parameter 1.weight is int8 and cannot be trained; register it as a buffer"),
+        (on_two_devices, "one device, but 0.weight is on cpu, 1.weight is on meta; move it with module.to"),
+    ],
+)
+def test_modules_that_cannot_be_hyperized_are_named(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hf.hyperize(make(), targets="0.weight")
+
+
+def test_a_module_without_values_is_refused_where_they_are_needed(generator: Generator) -> None:
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    with pytest.raises(ValueError, match="module: it is on the meta device, without values for 0.weight, 0.bias"):
+        hf.hyperize(module, targets="1.weight")
+    everything = hf.hyperize(copy.deepcopy(module), targets="*")
+    assert everything.init(generator)[0].primary == {}

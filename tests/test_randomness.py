@@ -1,0 +1,219 @@
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
+
+import hyperfunc as hf
+from hyperfunc import optim, training, tree
+from hyperfunc.randomness import Seeded, drawing_layers, fold_in
+
+
+def model_with_dropout() -> hf.Model:
+    """Dropout on features, on attention weights and, in place, at the end."""
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.3, batch_first=True)
+    return hf.hyperize(
+        nn.Sequential(nn.Linear(8, 16), encoder, nn.Linear(16, 3), nn.Dropout(0.2, inplace=True)), z_dim=8
+    )
+
+
+@pytest.fixture(scope="module")
+def problem() -> tuple[hf.Model, hf.Params, hf.BatchStats, Tensor]:
+    model = model_with_dropout()
+    generator = torch.Generator().manual_seed(0)
+    return model, *model.init(generator), torch.randn(4, 5, 8, generator=generator)
+
+
+Problem = tuple[hf.Model, hf.Params, hf.BatchStats, Tensor]
+
+
+def output(problem: Problem, seed: int | Tensor, train: bool = True) -> Tensor:
+    model, params, batch_stats, x = problem
+    return model.apply(params, batch_stats, x, train=train, seed=seed)[0]
+
+
+def test_dropout_is_a_function_of_the_seed_alone(problem: Problem) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = output(problem, 7)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(output(problem, 7), first)
+    assert torch.equal(output(problem, torch.tensor(7)), first)
+    assert not torch.equal(output(problem, 8), first)
+    assert not torch.equal(output(problem, 7 + 2**40), first)
+
+
+def test_evaluation_drops_nothing(problem: Problem) -> None:
+    model, params, batch_stats, x = problem
+    plain = model.apply(params, batch_stats, x, train=False)[0]
+    torch.testing.assert_close(output(problem, 3, train=False), plain, rtol=1e-5, atol=1e-5)
+    network = hf.materialize(model, params, batch_stats).eval()
+    torch.testing.assert_close(network(x), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_training_without_a_seed_names_the_layers(problem: Problem) -> None:
+    model, params, batch_stats, x = problem
+    with pytest.raises(
+        ValueError, match=r"random in training, in 1.self_attn \(MultiheadAttention\), 1.dropout \(Dropout"
+    ):
+        model.apply(params, batch_stats, x, train=True)
+    assert drawing_layers(nn.Sequential(nn.Dropout(0), nn.LSTM(2, 2, 2, dropout=0.1), StochasticDepth(0.1, "row"))) == [
+        "1 (LSTM)",
+        "2 (StochasticDepth)",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own, of its jvp
+def test_gradients_are_those_under_the_same_mask(problem: Problem) -> None:
+    model, params, x = problem[0], tree.to(problem[1], torch.float64), problem[3].double()
+
+    def loss(embeddings: dict[str, Tensor], seed: int) -> Tensor:
+        return model.apply(params._replace(embeddings=embeddings), {}, x, train=True, seed=seed)[0].square().sum()
+
+    z = params.embeddings
+    direction = tree.map(torch.ones_like, z)
+    gradient = torch.func.grad(loss)(z, 5)["matrix"].sum()
+    slope = torch.func.jvp(lambda z: loss(z, 5), (z,), (direction,))[1]
+    step = 1e-6
+    difference = loss(tree.map(lambda a: a + step, z), 5) - loss(tree.map(lambda a: a - step, z), 5)
+    torch.testing.assert_close(gradient, slope)
+    torch.testing.assert_close(gradient, difference / (2 * step), rtol=1e-6, atol=1e-6)
+
+
+def test_under_vmap_seeds_that_are_mapped_differ_and_others_are_shared() -> None:
+    model = hf.hyperize(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Dropout(), nn.Linear(16, 4)), z_dim=8)
+    params, batch_stats = model.init(torch.Generator().manual_seed(0))
+    x = torch.ones(2, 16)
+
+    def run(params: hf.Params, seed: int | Tensor) -> Tensor:
+        return model.apply(params, batch_stats, x, train=True, seed=seed)[0]
+
+    mapped = torch.vmap(run, in_dims=(None, 0))(params, torch.arange(3))
+    torch.testing.assert_close(mapped, torch.stack([run(params, seed) for seed in range(3)]))
+    assert not torch.equal(mapped[0], mapped[1])
+    twice = tree.map(lambda leaf: torch.stack([leaf, leaf]), params)
+    shared = torch.vmap(lambda params: run(params, 1))(twice)
+    torch.testing.assert_close(shared, torch.stack([run(params, 1)] * 2))
+
+
+@pytest.mark.traced
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_dropout_equals_eager_and_takes_another_seed_without_compiling_again(problem: Problem) -> None:
+    compiled = torch.compile(lambda seed: output(problem, seed), fullgraph=True, backend="aot_eager")
+    compiled(torch.tensor(0))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (1, 2):
+            torch.testing.assert_close(compiled(torch.tensor(seed)), output(problem, seed))
+
+
+def test_masks_are_independent_and_of_the_right_rate() -> None:
+    count, draws, p = 4000, 100, 0.3
+    with Seeded(0):
+        masks = torch.stack([F.dropout(torch.ones(count), p) for _ in range(draws)])
+    with Seeded(1):
+        other = F.dropout(torch.ones(count), p)
+    kept = (masks > 0).double()
+    torch.testing.assert_close(masks[kept > 0], torch.full((int(kept.sum()),), 1 / (1 - p)))
+    deviation = (p * (1 - p)) ** 0.5
+    assert abs(kept.mean() - (1 - p)) < 4 * deviation / (count * draws) ** 0.5
+    # The rates of the masks spread as those of independent draws do.
+    assert kept.mean(1).std().item() == pytest.approx(deviation / count**0.5, rel=0.3)
+    # Correlations of draws, of neighbours, and of seeds: at most a few standard deviations of 1/sqrt(count).
+    assert torch.corrcoef(kept).triu(1).abs().max() < 5 / count**0.5
+    assert abs(torch.corrcoef(torch.stack([kept.flatten()[1:], kept.flatten()[:-1]]))[0, 1]) < 5 / kept.numel() ** 0.5
+    assert abs(torch.corrcoef(torch.stack([kept[0], (other > 0).double()]))[0, 1]) < 5 / count**0.5
+
+
+def test_distributions() -> None:
+    count = 100_000
+    with Seeded(3):
+        uniform, normal, coin = torch.rand(count), torch.randn(count), torch.bernoulli(torch.full((count,), 0.2))
+        like = torch.randn_like(torch.ones(2, 3, dtype=torch.float64))
+        wide, scaled, flips = torch.empty(count).uniform_(2, 4), torch.empty(count).normal_(1, 3), torch.ones(count)
+        flips.bernoulli_(0.7)
+        selu = F.alpha_dropout(torch.randn(count), 0.3, training=True)
+        feature = F.dropout2d(torch.ones(50, 40, 3, 3), 0.5)
+        alone = F.dropout1d(torch.ones(200, 3), 0.5)
+    assert (uniform.min() >= 0, uniform.max() < 1) == (True, True)
+    assert like.dtype == torch.float64
+    moments = [(uniform, 1 / 2, 12**-0.5), (normal, 0, 1), (coin, 0.2, 0.4), (wide, 3, 3**-0.5), (scaled, 1, 3)]
+    for sample, mean, std in [*moments, (flips, 0.7, 0.21**0.5), (selu, 0, 1)]:
+        assert sample.mean().item() == pytest.approx(mean, abs=5 * std / count**0.5)
+        assert sample.std().item() == pytest.approx(std, rel=0.02)
+    assert normal.abs().max() < 6
+    for channels in (feature.flatten(2).flatten(0, 1), alone):
+        assert (channels == channels[:, :1]).all()
+        assert 0.35 < (channels > 0).double().mean() < 0.65
+
+
+def test_attention_with_dropout_is_attention_on_dropped_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 4, 6, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    bias = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    causal = torch.ones(6, 6).tril().bool()
+    for mask, added in (
+        (None, torch.zeros(6, 6)),
+        (bias, bias),
+        (causal, torch.zeros(6, 6).masked_fill(~causal, -torch.inf)),
+    ):
+        with Seeded(1):
+            found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=0.4)
+        with Seeded(1):
+            weights = F.dropout((query @ key.mT / 8**0.5 + added).softmax(-1), 0.4)
+        torch.testing.assert_close(found, weights @ value)
+    with Seeded(1):
+        by_flag = F.scaled_dot_product_attention(query, key, value, dropout_p=0.4, is_causal=True)
+        fused = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    torch.testing.assert_close(by_flag, found)
+    torch.testing.assert_close(fused, F.scaled_dot_product_attention(query, key, value, is_causal=True))
+    with Seeded(1):
+        grouped = F.scaled_dot_product_attention(query, key[:, :2], value[:, :2], dropout_p=1e-9, enable_gqa=True)
+    torch.testing.assert_close(
+        grouped, F.scaled_dot_product_attention(query, key[:, :2], value[:, :2], enable_gqa=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: torch.randint(3, (2,)), "calls torch's randint, which draws from the global generator"),
+        (lambda: torch.ones(3).exponential_(), "calls torch's exponential_"),
+        (lambda: nn.GRU(3, 3, 2, dropout=0.5)(torch.ones(2, 1, 3)), "inside of a recurrent layer cannot be seeded"),
+    ],
+)
+def test_what_cannot_be_seeded_is_refused(draw: object, message: str) -> None:
+    assert callable(draw)
+    with Seeded(0), pytest.raises(ValueError, match=message):
+        draw()
+
+
+@pytest.mark.parametrize("seed", [torch.tensor(0.5), torch.tensor([1, 2])])
+def test_a_seed_is_one_whole_number(seed: Tensor) -> None:
+    with pytest.raises(ValueError, match="expected one whole number"):
+        Seeded(seed)
+
+
+def test_a_generator_of_the_modules_own_is_used() -> None:
+    expected = torch.rand(3, generator=torch.Generator().manual_seed(4))
+    with Seeded(0):
+        assert torch.equal(torch.rand(3, generator=torch.Generator().manual_seed(4)), expected)
+
+
+def test_fold_in_gives_other_seeds() -> None:
+    seeds = {int(fold_in(seed, number)) for seed in range(50) for number in range(50)}
+    assert len(seeds) == 2500
+    assert int(fold_in(3, torch.tensor(4))) == fold_in(3, 4)
+
+
+def test_training_steps_drop_anew_each_time_and_the_same_for_the_same_step() -> None:
+    module = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Dropout(), nn.Linear(16, 4))
+    model = hf.hyperize(module, z_dim=8)
+    optimizer = optim.sgd(optim.constant(0.0))
+    state = training.init_state(model, optimizer, torch.Generator().manual_seed(0))
+    step, other = (training.make_train_step(model, optimizer, seed=seed) for seed in (0, 1))
+    batch = torch.ones(8, 16), torch.arange(8) % 4
+    after, first = step(state, batch)
+    assert step(state, batch)[1].loss == first.loss
+    assert step(after, batch)[1].loss != first.loss
+    assert other(state, batch)[1].loss != first.loss

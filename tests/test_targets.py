@@ -1,0 +1,125 @@
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import hyperfunc as hf
+from hyperfunc.targets import Targets
+
+
+@pytest.fixture(scope="module")
+def resnet18() -> nn.Module:
+    return torchvision.models.resnet18(num_classes=10)
+
+
+LAYER4 = tuple(f"layer4.{i}.conv{j}.weight" for i in (0, 1) for j in (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        ("layer4.*.conv?.weight", LAYER4),
+        (["layer4.1.conv*.weight", "layer4.0.conv*"], LAYER4),
+        (list(LAYER4), LAYER4),
+        (lambda name, parameter: name.startswith("layer4") and parameter.shape[2:] == (3, 3), LAYER4),
+        (nn.Linear, ("fc.weight",)),
+        ((nn.Linear, "conv1.weight"), ("conv1.weight", "fc.weight")),
+        (iter(["fc.weight"]), ("fc.weight",)),
+    ],
+)
+def test_ways_to_name_targets(resnet18: nn.Module, targets: Targets, names: tuple[str, ...]) -> None:
+    assert hf.hyperize(resnet18, targets=targets).tiling.names == names
+
+
+def test_by_default_all_but_the_first_and_last_layer_are_generated(resnet18: nn.Module) -> None:
+    weights = [
+        f"{path}.weight" for path, layer in resnet18.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))
+    ]
+    assert set(hf.hyperize(resnet18).tiling.names) == set(weights[1:-1])
+    large = {name for name in weights[1:-1] if min(resnet18.get_parameter(name).shape[:2]) >= 256}
+    assert set(hf.hyperize(resnet18, unit=(256, 256)).tiling.names) == large
+
+
+def test_a_type_stands_for_the_weights_of_all_that_it_contains(resnet18: nn.Module) -> None:
+    block = torchvision.models.resnet.BasicBlock
+    weights = {name for name, p in resnet18.named_parameters() if name.startswith("layer") and p.dim() == 4}
+    assert set(hf.hyperize(resnet18, targets=block).tiling.names) == weights
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["layer1.0.conv3.weight"], r"no parameter 'layer1.0.conv3.weight'; near names: layer1.0.conv"),
+        ("*.nothing", r"no parameter '\*.nothing'"),
+        (["fc.weight", "fc.wieght"], r"no parameter 'fc.wieght'; near names: fc.weight"),
+        ("§", r"no parameter '§'; it has conv1.weight, .* and 54 more"),
+        ([], "targets: got none, expected at least one name, pattern or type"),
+        (nn.Conv1d, "no weight in a Conv1d, but in Conv2d, Linear; biases and norms are chosen by name"),
+        (nn.BatchNorm2d, "no weight in a BatchNorm2d, but in Conv2d, Linear"),
+        (
+            lambda name, parameter: False,
+            r"the predicate chose none of the parameters of the module \(ResNet\): conv1.w",
+        ),
+    ],
+)
+def test_what_matches_nothing_is_named(resnet18: nn.Module, targets: Targets, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hf.hyperize(resnet18, targets=targets)
+
+
+@pytest.mark.parametrize(
+    "module", [nn.ReLU(), nn.Sequential(nn.Linear(64, 64)), nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))]
+)
+def test_a_module_without_targets_is_named(module: nn.Module) -> None:
+    name = type(module).__name__
+    with pytest.raises(
+        ValueError, match=rf"none of the weights of the module \({name}\) fills a unit of 16x16 channels"
+    ):
+        hf.hyperize(module)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.cfloat])
+def test_complex_targets_are_named(dtype: torch.dtype) -> None:
+    module = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16, dtype=dtype), nn.Linear(16, 16))
+    with pytest.raises(ValueError, match="targets: 1.weight is complex64, and only real floating-point parameters"):
+        hf.hyperize(module)
+    hf.hyperize(module, targets="0.weight")
+
+
+class TiedHead(nn.Module):
+    """The head of a small language model is its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(40, 32)
+        self.middle = nn.Linear(32, 32)
+        self.head = nn.Linear(32, 40, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.relu(self.middle(self.embedding(tokens))))
+
+
+@pytest.mark.parametrize("name", ["embedding.weight", "head.weight"])
+def test_a_tied_weight_is_one_tensor_by_whichever_name(generator: torch.Generator, name: str) -> None:
+    model = hf.hyperize(TiedHead(), targets=name, z_dim=16)
+    params, batch_stats = model.init(generator)
+    assert model.tiling.names == ("embedding.weight",)
+    assert set(params.primary) == {"middle.weight", "middle.bias"}
+    table = model.kernels(params)["embedding.weight"]
+    # The embedding by itself would start at 1, and the logits far too large.
+    assert table.std().item() == pytest.approx((2 / 32) ** 0.5, rel=0.1)
+    tokens = torch.tensor([[1, 5, 39]])
+    hidden = torch.relu(table[tokens] @ params.primary["middle.weight"].T + params.primary["middle.bias"])
+    torch.testing.assert_close(model.apply(params, batch_stats, tokens, train=True)[0], hidden @ table.T)
+    network = hf.materialize(model, params, batch_stats)
+    assert network.get_parameter("embedding.weight") is network.get_parameter("head.weight")
+    own = TiedHead()
+    own.load_state_dict(network.state_dict())
+    torch.testing.assert_close(own(tokens), hidden @ table.T)
+
+
+def test_the_weight_of_the_last_layer_is_left_out_by_whatever_name() -> None:
+    module = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    module[3].weight = module[1].weight
+    assert hf.hyperize(module).tiling.names == ("2.weight",)
