@@ -24,7 +24,8 @@ class Ensemble(NamedTuple):
 
     Attributes:
         init: `init(generator) -> (params, batch_stats)`, drawn a member after the other: the first member is what
-            `model.init` would draw, and more members change nothing in those before.
+            `model.init` would draw, and more members change nothing in those before. What `hyperize` takes from its
+            module starts the same in all of them.
         apply: `apply(params, batch_stats, *args, train, **kwargs) -> (outputs, new batch_stats)`: all members on the
             same input; the outputs have the members as first dimension.
         apply_each: The same, with an input for each member: `args` have the members as first dimension too.
