@@ -289,6 +289,7 @@ def test_a_full_disk_for_its_files_does_not_stop_training(tmp_path: Path, flags:
     assert checkpoint.load(tmp_path / "run.pth").notes["progress"]["epoch"] == 1
 
 
+@pytest.mark.slow
 def test_no_server_can_hold_up_or_end_a_run(tmp_path: Path, flags: list[str]) -> None:
     # All at once: they do nothing but wait.
     begin = time.monotonic()
@@ -320,7 +321,7 @@ def test_no_server_can_hold_up_or_end_a_run(tmp_path: Path, flags: list[str]) ->
         # What can be sent is what was shown.
         run = Path(lines[0].split("wandb sync ")[1])
         assert rows_of(run) == shown(tmp_path / kind), kind
-    assert seconds < PATIENCE + 25  # of which the four starts of Python on a busy machine are a good part
+    assert seconds < PATIENCE + 40  # of which the four starts of Python on a busy machine are a good part
 
 
 def test_a_server_that_works_gets_every_row(tmp_path: Path, flags: list[str]) -> None:
