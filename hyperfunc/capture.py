@@ -80,7 +80,8 @@ def capture(step: Step, state: Any, batch: Any) -> Step:
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.set_rng_state(random_state)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # Other threads may go on: that of NCCL asks for its events again and again.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 # What still is the old state must be read before the new one is written over it.
                 new_state, metrics = _apart(step(own_state, own_batch), own_state)
                 _copy(own_state, new_state)

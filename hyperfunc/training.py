@@ -41,6 +41,10 @@ class Metrics(NamedTuple):
 
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
+Reduce = Callable[[int, Params, BatchStats, Metrics], tuple[Params, BatchStats, Metrics]]
+"""Brings together what ranks that share a batch found for their parts: `distributed.mean_over_ranks`. It is given the
+pictures of the part and the gradients of their summed loss, and gives those of the mean over the whole batch."""
+
 
 def init_state(model: Model, optimizer: Optimizer, generator: torch.Generator) -> TrainState:
     """A fresh state, on the generator's device, with the step at 0."""
@@ -56,6 +60,7 @@ def make_train_step(
     load: Load = tuple,
     decay: Decay = "parameters",
     weight_decay: float = 0.0,
+    reduce: Reduce | None = None,
 ) -> Step:
     """Builds `step(state, batch) -> (new state, metrics)`; the arguments are never written.
 
@@ -69,31 +74,45 @@ def make_train_step(
         load: Makes (images, labels) out of a batch; by default a batch is that pair.
         decay: "generated", or "parameters", where this function leaves the decay to the optimizer.
         weight_decay: Used under decay="generated" alone.
+        reduce: For a batch whose pictures are divided over ranks; what `load` gives is then this rank's part.
 
     Raises:
         ValueError: `decay` is unknown, or `weight_decay` is given where it would be ignored.
     """
-    objective = _make_objective(model, decay, weight_decay)
+    objective = _make_objective(model, decay, weight_decay, summed=reduce is not None)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         images, labels = load(batch)
         function = objective(state.batch_stats, images, labels)
         grads, (_, (loss, logits, batch_stats)) = grad_and_value(function, has_aux=True)(state.params)
+        metrics = _metrics(loss * len(labels), logits, labels)
+        if reduce is not None:
+            grads, batch_stats, metrics = reduce(len(labels), grads, batch_stats, metrics)
         params, opt_state = optimizer.update(grads, state.opt_state, state.params, state.step)
         new_state = TrainState(state.step + 1, params, batch_stats, opt_state)
-        return new_state, _metrics(loss * len(labels), logits, labels)
+        return new_state, metrics
 
     return step
 
 
 def make_gradients(
-    model: Model, *, load: Load = tuple, decay: Decay = "parameters", weight_decay: float = 0.0
+    model: Model,
+    *,
+    load: Load = tuple,
+    decay: Decay = "parameters",
+    weight_decay: float = 0.0,
+    reduce: Reduce | None = None,
 ) -> Callable[[TrainState, Any], Params]:
     """Builds `gradients(state, batch) -> params`, what a train step of the same arguments gives to its optimizer."""
-    objective = _make_objective(model, decay, weight_decay)
+    objective = _make_objective(model, decay, weight_decay, summed=reduce is not None)
 
     def gradients(state: TrainState, batch: Any) -> Params:
-        return grad(objective(state.batch_stats, *load(batch)), has_aux=True)(state.params)[0]
+        images, labels = load(batch)
+        function = objective(state.batch_stats, images, labels)
+        grads, (loss, logits, batch_stats) = grad(function, has_aux=True)(state.params)
+        if reduce is not None:
+            grads, _, _ = reduce(len(labels), grads, batch_stats, _metrics(loss, logits, labels))
+        return grads
 
     return gradients
 
@@ -138,8 +157,10 @@ Objective = Callable[[Params], tuple[Tensor, tuple[Tensor, Tensor, BatchStats]]]
 """What training descends, and beside it the loss, the logits and the new statistics."""
 
 
-def _make_objective(model: Model, decay: str, weight_decay: float) -> Callable[[BatchStats, Tensor, Tensor], Objective]:
-    """Builds `objective(batch_stats, images, labels)`, which gives the objective on that batch."""
+def _make_objective(
+    model: Model, decay: str, weight_decay: float, *, summed: bool
+) -> Callable[[BatchStats, Tensor, Tensor], Objective]:
+    """Builds `objective(batch_stats, images, labels)`: the mean over that batch, or (`summed`) the sum."""
     if decay not in get_args(Decay):
         raise ValueError(f"decay: got {decay!r}, expected one of {', '.join(get_args(Decay))}")
     if decay == "parameters" and weight_decay:
@@ -155,7 +176,8 @@ def _make_objective(model: Model, decay: str, weight_decay: float) -> Callable[[
             logits, batch_stats = model.forward(weights, old_stats, images, train=True)
             loss = F.cross_entropy(logits, labels)
             penalty = 0.5 * weight_decay * tree.ravel(weights)[0].square().sum() if weight_decay else 0.0
-            return loss + penalty, (loss, logits, batch_stats)
+            whole = (loss + penalty) * len(labels) if summed else loss + penalty
+            return whole, (loss, logits, batch_stats)
 
         return function
 

@@ -18,6 +18,9 @@ ALLOWED: dict[str, set[str]] = {
     "console": set(),
     "curves": set(),
     "environment": set(),
+    "launch": set(),
+    "watch": set(),
+    "distributed": {"tree", "watch"},
     "histogram": {"tree"},
     "journal": {"files"},
     "tracking": {"histogram"},
@@ -28,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"tree", "files"},
     "model": {"tree", "hypernet", "tiling", "residual"},
     "model_file": {"checkpoint", "model"},
+    "sync_norm": {"tree", "model"},
     "training": {"tree", "model", "optim"},
 }
 TOP = {"__init__", "check_gpu", "plot"}
