@@ -97,11 +97,10 @@ def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int) 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # The ranks say themselves what went wrong.
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     # Ranks that all compute with all cores would only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    # Whoever loses the store says so in a line, without what torch's own code has to say of it.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # What older versions of torch read.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = SIGNALS
     with tempfile.TemporaryDirectory(prefix="hyperfunc-") as logs, contextlib.ExitStack() as stack:
@@ -119,6 +118,9 @@ def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int) 
             logs_specs=DefaultLogsSpecs(log_dir=logs),
             **{name: value for name, value in newer.items() if name in known},
         )
+        # The ranks say themselves what went wrong.
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.CRITICAL)
         for number in map(signal.Signals.__getitem__, SIGNALS.split(",")):
             stack.callback(signal.signal, number, signal.getsignal(number))
         try:

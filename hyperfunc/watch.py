@@ -142,8 +142,8 @@ class Watch:
             error: What came up in the main thread.
             code: The exit code that it leads to.
         """
-        with contextlib.suppress(RuntimeError):
-            lost = isinstance(error, RankLost)
+        lost = isinstance(error, RankLost)
+        try:
             if not lost and is_of_communication(error):
                 lost, error = True, self._whose_fault(error)
             elif self._rank != 0:
@@ -151,9 +151,9 @@ class Watch:
                 time.sleep(3 * self.interval)
             if not self._claim(code):
                 return Told(self._verdict() or code)
-            if not lost and self._rank != 0:
-                return _said_by(self._rank, error)
-        return error
+        except RuntimeError:
+            return RankLost(self._without_store()) if lost or is_of_communication(error) else error
+        return error if lost or self._rank == 0 else _said_by(self._rank, error)
 
     def leave(self) -> None:
         """At a good end: waits until all are there, so that none is taken for dead, or ended, while it finishes."""
@@ -193,7 +193,7 @@ class Watch:
                 if self._stopping.is_set():
                     return
                 time.sleep(self._grace)
-                self._say(f"rank {self._rank} has lost the store that the ranks share; the launcher has probably ended")
+                self._say(self._without_store())
                 self._end(EXIT_FAILED)
 
     def _look_at_others(self, look: int) -> str | None:
@@ -277,6 +277,9 @@ class Watch:
         if not self._store.check(["verdict"]):
             return None
         return int(self._store.get("verdict").decode().split()[0])
+
+    def _without_store(self) -> str:
+        return f"rank {self._rank} has lost the store that the ranks share; what launched them has probably ended"
 
     def _have(self, key: str, ranks: Iterable[int]) -> bool:
         return self._store.check([f"{key}/{rank}" for rank in ranks])
