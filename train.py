@@ -228,8 +228,6 @@ def check_config(config: Config) -> None:
         raise ValueError(f"--checkpoint-path: {error}") from None
     if not path.name or is_something_else:
         raise ValueError(f"--checkpoint-path: got {config.checkpoint_path!r}, expected the path of a file")
-    if distributed.rank_of_environment() is None:
-        launch.check_batch_size(config.batch_size, len(devices_of(config)))
     if config.resume and not path.is_file():
         raise ValueError(
             f"--resume: there is no checkpoint at {config.checkpoint_path}; name it with --checkpoint-path, "
@@ -300,10 +298,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     printer = Printer()
     with distributed.errors_once():
         config = parse_args(argv)
-    count = len(devices_of(config))
-    if count > 1 and distributed.rank_of_environment() is None:
-        given = sys.argv[1:] if argv is None else argv
-        return launch.launch(os.path.abspath(__file__), given, count, max_restarts=config.max_restarts)
+        code = start_ranks(config, argv, printer)
+    if code is not None:
+        return code
     with Interrupts(lambda number: farewell(number, config)) as interrupts:
         try:
             printer.quiet = config.quiet
@@ -332,6 +329,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             printer.warn(f"train.py: {type(error).__name__}: {_one_line(error)} (HYPERFUNC_TRACEBACK=1 shows where)")
             return EXIT_FAILED
+
+
+def start_ranks(config: Config, argv: Sequence[str] | None, printer: Printer) -> int | None:
+    """Runs this program on every device that is asked for, and returns their exit code; None where this is one run."""
+    try:
+        count = len(devices_of(config))
+        if count == 1 or distributed.rank_of_environment() is not None:
+            return None
+        launch.check_batch_size(config.batch_size, count)
+    except ValueError as error:
+        printer.warn(f"train.py: {_one_line(error)}")
+        return EXIT_BAD_INPUT
+    given = sys.argv[1:] if argv is None else argv
+    return launch.launch(os.path.abspath(__file__), given, count, max_restarts=config.max_restarts)
 
 
 def farewell(number: int, config: Config) -> str:

@@ -97,12 +97,15 @@ def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int) 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Ranks that all compute with all cores would only wait for each other.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    # Whoever loses the store says so in a line, without what torch's own code has to say of it.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # What older versions of torch read.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = SIGNALS
+    environment = {
+        # Ranks that all compute with all cores would only wait for each other.
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
+        # Whoever loses the store says so in a line, without what torch's own code has to say of it.
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        **os.environ,
+        # What older versions of torch read.
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": SIGNALS,
+    }
     with tempfile.TemporaryDirectory(prefix="hyperfunc-") as logs, contextlib.ExitStack() as stack:
         known = {item.name for item in dataclasses.fields(LaunchConfig)}
         newer: dict[str, Any] = {"signals_to_handle": SIGNALS}
@@ -118,6 +121,10 @@ def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int) 
             logs_specs=DefaultLogsSpecs(log_dir=logs),
             **{name: value for name, value in newer.items() if name in known},
         )
+        # The launcher has its environment from here and hands it on.
+        stack.callback(os.environ.update, dict(os.environ))
+        stack.callback(os.environ.clear)
+        os.environ.update(environment)
         # The ranks say themselves what went wrong.
         stack.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.CRITICAL)
