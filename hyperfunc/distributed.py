@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from hyperfunc import tree
-from hyperfunc.watch import RankLost, Told, Watch
+from hyperfunc.watch import RankLost, Told, Watch, meet
 
 __all__ = ["SAVE", "Alone", "Group", "RankLost", "Ranks", "Told", "joined", "mean_over_ranks"]
 
@@ -188,15 +188,14 @@ def joined(
         return
     limit = timedelta(seconds=timeout)
     store, rank, world = next(rendezvous("env://", timeout=limit))
-    # The launcher's store outlives the ranks; those that it starts anew must not read what the first have left there.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     shared = PrefixStore("hyperfunc", store)
-    watch = Watch(PrefixStore(f"attempt/{attempt}", shared), rank, world, timeout=timeout, received=received, say=say)
+    own = meet(shared, rank, world, timeout)
+    watch = Watch(own, rank, world, timeout=timeout, received=received, say=say)
+    watch.start()
     try:
-        watch.meet()
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=PrefixStore(f"group/{attempt}", store),
+            store=PrefixStore("group", own),
             rank=rank,
             world_size=world,
             timeout=limit,

@@ -9,9 +9,10 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable
 
-from torch.distributed import DistError, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import DistError, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
 EXIT_FAILED = 1
 
@@ -34,6 +35,52 @@ class Told(Exception):
         self.code = code
 
 
+def meet(store: Store, rank: int, world: int, timeout: float) -> Store:
+    """Waits for all ranks to come, and returns the part of the store that is for this start of theirs alone.
+
+    A launcher that starts ranks again goes on with the same store, where the first ones have left their keys, and not
+    all launchers count alike how often they did. So rank 0 numbers the starts, and answers those who ask it now.
+
+    Raises:
+        RankLost: One did not come in time.
+    """
+    deadline = time.monotonic() + timeout
+    missing = [0]
+    if rank == 0:
+        number = store.add("starts", 1)
+        own = _enter(store, number, 0)
+        while time.monotonic() < deadline:
+            missing = [other for other in range(world) if not own.check([f"who/{other}"])]
+            if not missing:
+                own.set("met", "")
+                return own
+            for other in missing:
+                if store.check([f"hello/{other}"]):
+                    answer = f"welcome/{store.get(f'hello/{other}').decode()}"
+                    if not store.check([answer]):
+                        store.set(answer, str(number))
+            time.sleep(0.02)
+    else:
+        token = uuid.uuid4().hex
+        store.set(f"hello/{rank}", token)
+        own = None
+        while time.monotonic() < deadline:
+            if own is None and store.check([f"welcome/{token}"]):
+                own = _enter(store, int(store.get(f"welcome/{token}")), rank)
+            if own is not None and own.check(["met"]):
+                return own
+            time.sleep(0.02)
+    names = ", ".join(map(str, missing[:NAMED])) + (" and others" if len(missing) > NAMED else "")
+    raise RankLost(f"rank {names} did not come within {timeout:g} s")
+
+
+def _enter(store: Store, number: int, rank: int) -> Store:
+    own = PrefixStore(f"start/{number}", store)
+    own.set(f"beat/{rank}", "0/0")
+    own.set(f"who/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
+    return own
+
+
 class Watch:
     """What one rank knows of the others.
 
@@ -42,7 +89,7 @@ class Watch:
     by a suspended machine, find each other alive afterwards.
 
     Args:
-        store: For these ranks and this start of theirs alone.
+        store: From `meet`.
         rank: This one's number.
         world: How many there are.
         timeout: Seconds after which a rank that is silent, or behind and does not move, is given up.
@@ -89,24 +136,9 @@ class Watch:
         self._frozen = False
         self._at: int | None = None
 
-    def meet(self) -> None:
-        """Waits for all ranks to come, and begins to watch.
-
-        Raises:
-            RankLost: One did not come in time.
-        """
-        self._store.set(f"who/{self._rank}", f"{socket.gethostname()}, process {os.getpid()}")
-        self._store.set(f"beat/{self._rank}", "0/0")
-        deadline = time.monotonic() + self._timeout
-        while time.monotonic() < deadline:
-            if self._rank == 0 and self._have("who", range(self._world)):
-                self._store.set("met", "")
-            if self._store.check(["met"]):
-                self._thread.start()
-                return
-            time.sleep(0.02)
-        missing = [other for other in range(self._world) if not self._have("who", [other])] if self._rank == 0 else [0]
-        raise RankLost(f"{self._name(missing)} did not come within {self._timeout:g} s")
+    def start(self) -> None:
+        """Begins to watch."""
+        self._thread.start()
 
     def arrive(self) -> None:
         """Notes that the main thread has come to a place where it waits for the other ranks."""
