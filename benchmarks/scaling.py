@@ -68,10 +68,14 @@ def table(pieces: Pieces, batch_sizes: Sequence[int], *, sync_bn: bool) -> str:
                 continue
             now = step_seconds(pieces, ranks, size, sync_bn=sync_bn)
             gain = step_seconds(pieces, 1, size, sync_bn=sync_bn) / now
-            cells.append(f"{1000 * now:,.3g} ms, {gain:,.3g} times")
+            cells.append(f"{_three_digits(1000 * now)} ms, {_three_digits(gain)} times")
         lines.append(f"| {ranks:,} | " + " | ".join(cells) + " |")
     last = [f"batch {size:,}: {last_that_pays(pieces, size, sync_bn=sync_bn):,}" for size in batch_sizes]
     return "\n".join([*lines, "", f"Doubling pays up to this many ranks: {'; '.join(last)}."])
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def last_that_pays(pieces: Pieces, batch_size: int, *, sync_bn: bool) -> int:
