@@ -205,7 +205,7 @@ def test_a_hung_rank_is_named_within_the_timeout(flags: list[str], start: Start,
     assert second.returncode == 1
 
 
-def test_stopped_on_two_ranks_and_resumed_on_three_and_on_one(
+def test_stopped_on_two_ranks_and_resumed_on_one(
     flags: list[str],
     start: Start,
     mark: str,
@@ -213,8 +213,14 @@ def test_stopped_on_two_ranks_and_resumed_on_three_and_on_one(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    process = start(*program(*flags, "--devices", "cpu:2", "--epochs", "100"))
-    output = await_line(process, "epoch 1/100  batch 4/9")
+    # Saved by the clock, too, for which the ranks have to agree on a step.
+    process = start(*program(*flags, "--devices", "cpu:2", "--epochs", "1000", "--checkpoint-every", "1s"))
+    output = await_line(process, "epoch 1/1000  batch 4/9")
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "run.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    by_clock = checkpoint.load(tmp_path / "run.pth").notes["progress"]
+    assert by_clock["batch"] > 0
     process.terminate()
     output += process.communicate(timeout=30)[0]
     assert process.returncode == 128 + signal.SIGTERM
@@ -222,22 +228,18 @@ def test_stopped_on_two_ranks_and_resumed_on_three_and_on_one(
     assert output.splitlines()[-1].endswith("; saved run.pth, go on with --resume")
     assert all_over(mark)
     progress = checkpoint.load(tmp_path / "run.pth").notes["progress"]
+    assert (progress["epoch"], progress["batch"]) > (by_clock["epoch"], by_clock["batch"])
     where = f"resumed      from run.pth at epoch {progress['epoch'] + 1}, batch {progress['batch']}"
 
     epochs = progress["epoch"] + 1
-    process = start(*program(*flags, "--devices", "cpu:3", "--epochs", str(epochs), "--resume"))
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, output
-    assert where in output
-    assert "resumed on 3 ranks, was 2: without --sync-bn each rank has batch statistics of its own" in output
-
     monkeypatch.chdir(tmp_path)
-    code = train.main([*flags, "--devices", "1", "--device", "cpu", "--epochs", str(epochs + 1), "--resume"])
+    code = train.main([*flags, "--devices", "1", "--device", "cpu", "--epochs", str(epochs), "--resume"])
     captured = capsys.readouterr()
     assert code == 0, captured.err
-    assert "resumed on 1 ranks, was 3" in captured.err
+    assert where in captured.out
+    assert "resumed on 1 ranks, was 2: without --sync-bn each rank has batch statistics of its own" in captured.err
     rows = [row for row in shown(tmp_path / "run.metrics.jsonl") if row["kind"] == "epoch"]
-    assert [row["epoch"] for row in rows] == list(range(1, epochs + 2))
+    assert [row["epoch"] for row in rows] == list(range(1, epochs + 1))
 
 
 def test_what_is_wrong_is_said_once(flags: list[str], start: Start, mark: str, tmp_path: Path) -> None:
