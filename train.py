@@ -40,14 +40,27 @@ import torch
 from filelock import Timeout
 
 import hyperfunc as hf
-from hyperfunc import capture, checkpoint, data, journal, optim, precision, tracking, training, tree
+from hyperfunc import (
+    capture,
+    checkpoint,
+    data,
+    distributed,
+    journal,
+    launch,
+    optim,
+    precision,
+    sync_norm,
+    tracking,
+    training,
+    tree,
+)
 from hyperfunc.console import Printer, TrainingBars
 from hyperfunc.curves import Painter
 from hyperfunc.environment import describe_device, environment
 from hyperfunc.files import beside, free_name, free_number, lock_for, numbered, sweep, temporary_name
 from hyperfunc.flags import EXIT_BAD_INPUT, option, parse, shaping
 from hyperfunc.hypernet import Init
-from hyperfunc.interrupt import Interrupted, Interrupts, ignore
+from hyperfunc.interrupt import Interrupted, Interrupts, exit_at_once, ignore
 from hyperfunc.precision import Precision
 from hyperfunc.report import Reporter, handed_over
 from hyperfunc.residual import Block, Shortcut, check_depth
@@ -120,6 +133,21 @@ class Config:
         "run",
         "of products and activations; parameters stay float32. auto is bf16 on a GPU that has it, else fp32",
         shapes=True,
+    )
+    devices: str = option(
+        "auto",
+        "ranks",
+        "auto takes every GPU that is seen; 2: the first two; 0,1: those; cpu:2: two ranks on the CPU; torchrun's own "
+        "number of ranks comes first",
+        metavar="auto|N|I,J|cpu:N",
+        check=launch.parse_devices,
+    )
+    sync_bn: bool = option(
+        False, "ranks", "batch norms over the pictures of all ranks; without it each uses its own", shapes=True
+    )
+    timeout: float = option(300, "ranks", "seconds that a rank waits for another", at_least=2, at_most=86400)
+    max_restarts: int = option(
+        0, "ranks", "how often ranks are started again after a failure, to go on", at_least=0, at_most=1000
     )
     report_every: int = option(50, "run", "batches from one line of loss and accuracy to the next", at_least=1)
     quiet: bool = option(False, "run", "say nothing but what goes wrong")
@@ -265,6 +293,7 @@ class Run:
     """A run in memory: what is fixed, and what changes."""
 
     config: Config
+    ranks: distributed.Ranks
     device: torch.device
     dataset: data.Dataset
     model: hf.Model
@@ -318,15 +347,26 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
     printer = Printer()
-    config: Config | None = None
+    with distributed.errors_once():
+        config = parse_args(argv)
+        code = start_ranks(config, argv, printer)
+    if code is not None:
+        return code
     with Interrupts(lambda number: farewell(number, config)) as interrupts:
         try:
-            config = parse_args(argv)
             printer.quiet = config.quiet
-            with locked(config.checkpoint_path), locked(str(journal_beside(config))):
-                run = set_up(config, printer)
+            device = choose_device(config)
+            with (
+                distributed.joined(device, config.timeout, lambda: interrupts.received, say_at_end) as ranks,
+                locked(config.checkpoint_path, ranks),
+                locked(str(journal_beside(config)), ranks),
+            ):
+                speaker = printer if ranks.rank == 0 else Printer(mute=True)
+                run = set_up(config, ranks, device, speaker)
                 interrupts.defer()
-                return carry_out(run, interrupts, printer)
+                return carry_out(run, interrupts, speaker)
+        except distributed.Told as told:
+            return told.code
         except ValueError as error:
             printer.warn(f"train.py: {_one_line(error)}")
             return EXIT_BAD_INPUT
@@ -343,20 +383,44 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_FAILED
 
 
-def farewell(number: int, config: Config | None) -> str:
+def start_ranks(config: Config, argv: Sequence[str] | None, printer: Printer) -> int | None:
+    """Runs this program on every device that is asked for, and returns their exit code; None where this is one run."""
+    try:
+        count = len(devices_of(config))
+        if count == 1 or distributed.rank_of_environment() is not None:
+            return None
+        launch.check_batch_size(config.batch_size, count)
+    except ValueError as error:
+        printer.warn(f"train.py: {_one_line(error)}")
+        return EXIT_BAD_INPUT
+    given = sys.argv[1:] if argv is None else argv
+    return launch.launch(os.path.abspath(__file__), given, count, max_restarts=config.max_restarts)
+
+
+def farewell(number: int, config: Config) -> str:
     """The line that a run leaves with when a signal comes before there is anything to save."""
-    path = config.checkpoint_path if config is not None else ""
-    there = f"the checkpoint {path} is as it was" if path and Path(path).exists() else "nothing was saved yet"
+    if distributed.rank_of_environment():
+        exit_at_once(number)  # rank 0 says it
+    path = config.checkpoint_path
+    there = f"the checkpoint {path} is as it was" if Path(path).exists() else "nothing was saved yet"
     return f"stopped by {signal.Signals(number).name} before training began; {there}"
 
 
+def say_at_end(line: str) -> None:
+    """Says why all ranks end, from whatever thread."""
+    os.write(2, f"train.py: {line}\n".encode())
+
+
 @contextlib.contextmanager
-def locked(path: str) -> Iterator[None]:
-    """Keeps the checkpoint for this process alone.
+def locked(path: str, ranks: distributed.Ranks) -> Iterator[None]:
+    """Keeps the checkpoint for this run alone; of its ranks the first does so for all.
 
     Raises:
         ValueError: Another process of this machine is training into it.
     """
+    if ranks.rank:
+        yield
+        return
     lock = lock_for(path)
     try:
         lock.acquire(timeout=0)
@@ -371,17 +435,23 @@ def locked(path: str) -> Iterator[None]:
         lock.release()
 
 
-def set_up(config: Config, printer: Printer) -> Run:
+def set_up(config: Config, ranks: distributed.Ranks, device: torch.device, printer: Printer) -> Run:
     """Reads the data, builds the network and either draws its parameters or reads them from the checkpoint."""
-    device = choose_device(config.device)
+    launch.check_batch_size(config.batch_size, ranks.world)
     if "graph" in config.engine and device.type != "cuda":
         raise ValueError(f"--engine: got {config.engine}, which needs a GPU; on the CPU there is eager and compiled")
     number_format = precision.choose(config.precision, device)
     precision.set_float32_products(number_format)
-    printer.say(f"device       {describe_device(device)}, torch {torch.__version__}")
+    several = f", {ranks.world} ranks" if ranks.world > 1 else ""
+    printer.say(f"device       {describe_device(device)}, torch {torch.__version__}{several}")
     # Read before the data, which may take minutes: what is wrong with it should be known at once.
     previous = read_checkpoint(config) if config.resume else None
-    check_writable(Path(config.checkpoint_path))
+    if previous is None and ranks.saved_run is not None:
+        # Ranks that take the place of others go on with what those have saved.
+        previous = read_checkpoint(config)
+        previous = previous if previous.notes["progress"]["run"] == ranks.saved_run else None
+    if ranks.rank == 0:
+        check_writable(Path(config.checkpoint_path))
 
     dataset = data.load_dataset(
         config.dataset,
@@ -402,6 +472,8 @@ def set_up(config: Config, printer: Printer) -> Run:
     )
 
     model = build_model(config, len(dataset.classes))
+    if config.sync_bn and ranks.world > 1:
+        model = sync_norm.synchronize(model)
     normalization, digest = data.measure(dataset.train), data.digest(dataset)
     dataset = dataset._replace(
         train=tree.to(dataset.train, device),
@@ -410,9 +482,12 @@ def set_up(config: Config, printer: Printer) -> Run:
     )
     normalization = tree.to(normalization, device)
     optimizer = build_optimizer(config, math.ceil(count / config.batch_size), number_format)
+    load = data.make_train_load(dataset.train, normalization)
     objective: dict[str, Any] = {
         "precision": number_format,
-        "load": data.make_train_load(dataset.train, normalization),
+        # A rank takes its part in here, so that compiled and captured steps see the same batches on all ranks.
+        "load": lambda draw: load(ranks.part(draw)),
+        "reduce": ranks.reduce,
         "decay": config.decay,
         "weight_decay": config.weight_decay if config.decay == "generated" else 0.0,
     }
@@ -423,6 +498,7 @@ def set_up(config: Config, printer: Printer) -> Run:
     printer.say(f"best model   chosen by accuracy on {selection}")
     run = Run(
         config=config,
+        ranks=ranks,
         device=device,
         dataset=dataset,
         model=model,
@@ -433,7 +509,7 @@ def set_up(config: Config, printer: Printer) -> Run:
         learning_rate=optimizer.learning_rate,
         data_digest=digest,
         normalization=normalization,
-        environment=environment(device, Path(__file__).parent),
+        environment=environment(device, Path(__file__).parent) | ({"ranks": ranks.world} if ranks.world > 1 else {}),
         state=state,
         best=(state.params, state.batch_stats),
         progress=Progress(run=secrets.token_hex(4)),
@@ -448,6 +524,13 @@ def set_up(config: Config, printer: Printer) -> Run:
         planned = previous.notes["config"]["epochs"]
         if planned != config.epochs:
             printer.say(f"schedule     laid over {config.epochs} epochs now, and not over {planned} as so far")
+        before = previous.notes.get("environment", {}).get("ranks", 1)
+        if before != ranks.world and not config.sync_bn:
+            printer.warn(
+                f"resumed on {ranks.world} ranks, was {before}: without --sync-bn each rank has batch statistics of "
+                "its own, so the result will not be that of before"
+            )
+    ranks.compare({"state": run.state, "best": run.best}, notes_to_compare(run))
     if run.progress.epoch < config.epochs:
         start_engine(run, printer)
     return run
@@ -494,7 +577,8 @@ def start_engine(run: Run, printer: Printer) -> None:
         raise
     except RuntimeError as error:
         reason = _one_line(error)[:200]
-        if config.engine != "auto":
+        # A rank cannot know whether the others go on with the same engine.
+        if config.engine != "auto" or run.ranks.world > 1:
             raise OSError(f"--engine: {engine} does not work here, eager does without: {reason}") from None
         printer.warn(f"the engine {engine} does not work here, going on with eager: {reason}")
         engine, together, step, eval_step = "eager", 1, training.scan(run.step, config.batch_size), run.eval_step
@@ -550,13 +634,15 @@ def train(run: Run, interrupts: Interrupts, reporter: Reporter) -> int:
                 run.state, metrics = run.step(run.state, rows)
                 run.unread.append(metrics)
                 progress.batch += steps
-                if interrupts.received:
+                by_clock = every.unit == "seconds" and is_due(every, run)
+                order = run.ranks.agree(interrupts.received or (distributed.SAVE if by_clock else None))
+                if order is not None and order != distributed.SAVE:
                     progress.seconds = time.perf_counter() - started
-                    return stop(run, interrupts.received, reporter)
+                    return stop(run, order, reporter)
                 if progress.batch % config.report_every == 0 or progress.batch == run.batch_count:
                     report(run, rows, reporter, bars, pace)
                 bars.move(progress.epoch, progress.batch)
-                if is_due(every, run):
+                if order == distributed.SAVE or (every.unit == "batches" and is_due(every, run)):
                     progress.seconds = time.perf_counter() - started
                     save(run, reporter)
             bars.figures(epoch="evaluating")
@@ -566,8 +652,8 @@ def train(run: Run, interrupts: Interrupts, reporter: Reporter) -> int:
                 progress.seconds = time.perf_counter() - started
                 return stop(run, interrupt.number, reporter)
             bars.figures(run=best_so_far(progress))
-            if interrupts.received:
-                return stop(run, interrupts.received, reporter)
+            if (order := run.ranks.agree(interrupts.received)) not in (None, distributed.SAVE):
+                return stop(run, order, reporter)
     return 0 if run.saved else EXIT_FAILED
 
 
@@ -647,10 +733,11 @@ def report(run: Run, rows: data.Draw, reporter: Reporter, bars: TrainingBars, pa
         f"epoch {progress.epoch + 1}/{config.epochs}  batch {progress.batch}/{run.batch_count}  {shown}"
     )
     bars.figures(epoch=f"{shown}  lr {rate:.6g}  {images_per_second:,.0f} images/s")
-    if reporter.tracker is not None and config.histogram_every:
+    if config.histogram_every:
         reports_an_epoch = math.ceil(run.batch_count / config.report_every)
         number = progress.epoch * reports_an_epoch + math.ceil(progress.batch / config.report_every)
-        if number % config.histogram_every == 0:
+        # All ranks, because the gradients are of all.
+        if number % config.histogram_every == 0 and run.ranks.tell(reporter.tracker is not None):
             params = run.state.params
             trees = {"parameters": params, "kernels": run.model.kernels(params)}
             last_batch = data.Draw(*(column[-config.batch_size :] for column in rows))
@@ -755,12 +842,13 @@ def evaluate(run: Run, images: data.Images, interrupts: Interrupts) -> tuple[flo
     """
 
     def batches() -> Iterator[data.Images]:
-        for batch in data.batches(images, run.eval_batch_size):
-            interrupts.check()
-            yield batch
+        for batch in data.batches(images, run.eval_batch_size * run.ranks.world):
+            if (order := run.ranks.agree(interrupts.received)) not in (None, distributed.SAVE):
+                raise Interrupted(order)
+            yield run.ranks.part(batch)
 
     metrics = training.evaluate(run.model, run.state.params, run.state.batch_stats, batches(), eval_step=run.eval_step)
-    loss, accuracy = loss_and_accuracy(metrics)
+    loss, accuracy = loss_and_accuracy(run.ranks.sum(metrics))
     if not math.isfinite(loss):
         raise FloatingPointError(not_finite(run, f"the loss is {loss} in the evaluation after"))
     return loss, accuracy
@@ -777,9 +865,20 @@ def save(run: Run, reporter: Reporter) -> None:
 
     Raises:
         FloatingPointError: The state, or a loss, is not finite. Nothing was saved.
+        RankLost: The states of the ranks differ. Nothing was saved.
     """
     read_metrics(run)
     check_finite(run)
+    run.ranks.compare(run.state)
+    if run.ranks.rank == 0:
+        write(run, reporter)
+    run.saved = run.ranks.tell(run.saved)
+    run.owns_path = run.owns_path or run.saved
+    run.saved_at = time.monotonic()
+
+
+def write(run: Run, reporter: Reporter) -> None:
+    """Writes the checkpoint, or says that it could not."""
     path = Path(run.config.checkpoint_path)
     if reporter.tracker is not None:
         run.progress.handed_over = reporter.handed_over
@@ -810,13 +909,20 @@ def save(run: Run, reporter: Reporter) -> None:
             checkpoint.save(path, trees, notes, keep_old_as=aside)
         run.saved = run.owns_path = True
         run.saved_best_epoch = run.progress.best_epoch
+        run.ranks.note_saved(run.progress.run)
         if aside is not None:
             reporter.printer.say(f"kept the earlier run of {path} as {aside}")
     except OSError as error:
         run.saved = False
         reporter.printer.warn(f"could not save {path}: {error}; trying again at the next occasion")
         reporter.event("not saved", reason=str(error), step=run.steps_done)
-    run.saved_at = time.monotonic()
+
+
+def notes_to_compare(run: Run) -> dict[str, Any]:
+    """What else has to be the same on all ranks: the pictures, and the flags that decide what a rank does when."""
+    own = ("data_dir", "device", "devices", "quiet", "timeout")
+    flags = {f"--{name.replace('_', '-')}": v for name, v in dataclasses.asdict(run.config).items() if name not in own}
+    return {"the data": run.data_digest} | flags
 
 
 def read_checkpoint(config: Config) -> checkpoint.Checkpoint:
@@ -828,17 +934,20 @@ def read_checkpoint(config: Config) -> checkpoint.Checkpoint:
     previous = checkpoint.load(config.checkpoint_path)
     check_notes(previous.notes, config.checkpoint_path)
     before, now = previous.notes["config"], dataclasses.asdict(config)
+    # Of flags that came later than the checkpoint.
+    defaults = {item.name: item.default for item in dataclasses.fields(Config)}
     different = [
-        f"--{name.replace('_', '-')} is {now[name]}, was {before.get(name)}"
+        f"--{name.replace('_', '-')} is {now[name]}, was {before.get(name, defaults[name])}"
         for name in shaping(Config)
-        if now[name] != before.get(name)
+        if now[name] != before.get(name, defaults[name])
     ]
     if different:
         raise ValueError(f"--resume: {config.checkpoint_path} holds another run: {'; '.join(different)}")
-    if config.epochs < before["epochs"]:
+    progress = previous.notes["progress"]
+    begun = progress["epoch"] + (progress["batch"] > 0)
+    if config.epochs < begun:
         raise ValueError(
-            f"--epochs: got {config.epochs}, but the run in {config.checkpoint_path} is one of {before['epochs']}, and "
-            "may only be prolonged"
+            f"--epochs: got {config.epochs}, but the run in {config.checkpoint_path} has begun epoch {begun} already"
         )
     return previous
 
@@ -982,6 +1091,11 @@ def build_optimizer(config: Config, steps_per_epoch: int, number_format: Precisi
 def start_reporting(run: Run, printer: Printer) -> Reporter:
     """Opens what stands beside the checkpoint, and starts or continues the run on Weights & Biases."""
     config, progress = run.config, run.progress
+    if run.ranks.rank:
+        painter = Painter(printer.warn)
+        painter.close(0)
+        nowhere = Path(os.devnull)
+        return Reporter(printer, journal.Journal(nowhere, printer.warn), painter, nowhere, "", None, (0, 0))
     path = Path(config.checkpoint_path).resolve()
     journal_path, picture = journal_beside(config), beside(path, ".png")
     resumed, rows, before = run.owns_path, [], []
@@ -1053,20 +1167,30 @@ def start_tracking(run: Run, printer: Printer) -> tracking.Tracker | None:
     return tracker
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of that name.
+def devices_of(config: Config) -> list[torch.device]:
+    """The devices of this machine that the flags ask for, one a rank.
 
     Raises:
-        ValueError: It asks for a GPU where torch sees none.
+        ValueError: They are not there.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "--device: got cuda, but torch sees no CUDA device; python -m hyperfunc.check_gpu says why, "
-            "--device cpu does without"
-        )
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    visible = 0 if config.device == "cpu" else torch.cuda.device_count()
+    return launch.choose_devices(config.devices, config.device, visible)
+
+
+def choose_device(config: Config) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        ValueError: There are fewer than ranks on this machine.
+    """
+    devices = devices_of(config)
+    index = distributed.local_rank()
+    if devices[0].type == "cpu":
+        return devices[0]
+    if index >= len(devices):
+        raise ValueError(f"--devices: this machine has {index + 1} ranks or more for {len(devices)} devices")
+    torch.cuda.set_device(devices[index])
+    return devices[index]
 
 
 def no_metrics(device: torch.device) -> Metrics:
@@ -1101,7 +1225,7 @@ def _one_line(error: BaseException) -> str:
 if __name__ == "__main__":
     exit_code = main()
     ignore()
-    if exit_code >= 128 or tracking.holds_up_exit():
+    if exit_code >= 128 or tracking.holds_up_exit() or distributed.holds_up_exit():
         # Python's end waits for others' threads and processes.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -166,7 +166,8 @@ def _record(
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.set_rng_state(random_state)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Other threads may go on: that of NCCL asks for its events again and again.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = call()
     return graph, result
 

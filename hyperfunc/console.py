@@ -22,14 +22,16 @@ class Printer:
 
     Args:
         quiet: Shows trouble and nothing else.
+        mute: Shows nothing at all, because another process does.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, mute: bool = False) -> None:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 # A path may hold what the terminal cannot show, and that must not end a run.
                 stream.reconfigure(errors="backslashreplace")
-        self.quiet = quiet
+        self.quiet = quiet or mute
+        self._mute = mute
         # Not rich's own opinion, which FORCE_COLOR and the like change for a file too.
         terminal = sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._console = Console() if terminal else None
@@ -52,6 +54,8 @@ class Printer:
 
     def warn(self, line: str) -> None:
         """Prints a line about something that went wrong; here, too, nobody need be reading."""
+        if self._mute:
+            return
         try:
             self._print(line, sys.stderr)
         except OSError:

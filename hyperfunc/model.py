@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor, nn
@@ -45,6 +45,7 @@ class Params(NamedTuple):
     primary: dict[str, Tensor]
 
 
+@runtime_checkable
 class Forward(Protocol):
     """The primary network as a function of its weights and buffers; returns the output and the new buffers."""
 
@@ -263,6 +264,39 @@ def materialize(model: Model, params: Params, batch_stats: BatchStats) -> nn.Mod
     return with_values(model.module, {**model.weights(params), **batch_stats})
 
 
+def make_forward(module: nn.Module) -> Forward:
+    """`module`, on the meta device, as a pure function of its weights and buffers; see `Model.forward`."""
+    drawing = drawing_layers(module)
+    # The mode is fixed in one module for each, because switching it at the call would be hidden state.
+    modules = {True: copy.deepcopy(module).train(), False: copy.deepcopy(module).eval()}
+
+    def forward(
+        weights: dict[str, Tensor],
+        batch_stats: BatchStats,
+        /,
+        *args: Any,
+        train: bool,
+        seed: Seed | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, BatchStats]:
+        if train and seed is None and drawing:
+            raise ValueError(
+                f"seed: the module is random in training, in {', '.join(drawing[:4])}"
+                f"{' and more' * (len(drawing) > 4)}; give apply a seed=, another one for each step, or set the rates "
+                "of its dropout to 0"
+            )
+        # functional_call writes new statistics into the tensors that it is given, so it is given copies.
+        new_stats = tree.clone(batch_stats)
+        if train:
+            new_stats = tree.mapped_with(new_stats, (weights, args, kwargs))
+        with nullcontext() if seed is None else Seeded(seed):
+            # Without strict=True a name that the module does not know would be passed over in silence.
+            output = functional_call(modules[train], ({**weights, **new_stats},), args, kwargs, strict=True)
+        return output, new_stats
+
+    return forward
+
+
 def _make_model(
     module: nn.Module,
     kernels_by_name: Mapping[str, Kernel],
@@ -280,9 +314,6 @@ def _make_model(
     parameters = dict(module.named_parameters())
     tiling = tile(kernels_by_name, unit)
     generated = set(tiling.names)
-    drawing = drawing_layers(module)
-    # The mode is fixed in one module for each, because switching it at the call would be hidden state.
-    modules = {True: copy.deepcopy(module).train(), False: copy.deepcopy(module).eval()}
 
     def init_params(generator: Generator) -> tuple[Params, BatchStats]:
         generators: dict[str, HyperNetParams] = {}
@@ -309,29 +340,7 @@ def _make_model(
     def weights(params: Params) -> dict[str, Tensor]:
         return {**params.primary, **kernels(params)}
 
-    def forward(
-        weights: dict[str, Tensor],
-        batch_stats: BatchStats,
-        /,
-        *args: Any,
-        train: bool,
-        seed: Seed | None = None,
-        **kwargs: Any,
-    ) -> tuple[Any, BatchStats]:
-        if train and seed is None and drawing:
-            raise ValueError(
-                f"seed: the module is random in training, in {', '.join(drawing[:4])}"
-                f"{' and more' * (len(drawing) > 4)}; give apply a seed=, another one for each step, or set the rates "
-                "of its dropout to 0"
-            )
-        # functional_call writes new statistics into the tensors that it is given, so it is given copies.
-        new_stats = tree.clone(batch_stats)
-        if train:
-            new_stats = tree.mapped_with(new_stats, (weights, args, kwargs))
-        with nullcontext() if seed is None else Seeded(seed):
-            # Without strict=True a name that the module does not know would be passed over in silence.
-            output = functional_call(modules[train], ({**weights, **new_stats},), args, kwargs, strict=True)
-        return output, new_stats
+    forward = make_forward(module)
 
     def apply(
         params: Params,

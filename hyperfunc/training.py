@@ -45,6 +45,10 @@ Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 EvalStep = Callable[[tuple[dict[str, Tensor], BatchStats], Any], Metrics]
 
+Reduce = Callable[[int, Params, BatchStats, Metrics], tuple[Params, BatchStats, Metrics]]
+"""Brings together what ranks that share a batch found for their parts: `distributed.mean_over_ranks`. It is given the
+pictures of the part and the gradients of their summed loss, and gives those of the mean over the whole batch."""
+
 
 def init_state(model: Model, optimizer: Optimizer, generator: torch.Generator) -> TrainState:
     """A fresh state, on the generator's device, with the step at 0."""
@@ -62,6 +66,7 @@ def make_train_step(
     weight_decay: float = 0.0,
     precision: Precision = "fp32",
     seed: int = 0,
+    reduce: Reduce | None = None,
 ) -> Step:
     """Builds `step(state, batch) -> (new state, metrics)`; the arguments are never written.
 
@@ -79,11 +84,12 @@ def make_train_step(
         precision: What products are computed in; see `precision`. The parameters may be of any dtype but for bf16 and
             fp16, where they should be float32.
         seed: Of the model's own randomness, its dropout for example, which is a function of it and of the step.
+        reduce: For a batch whose pictures are divided over ranks; what `load` gives is then this rank's part.
 
     Raises:
         ValueError: `decay` is unknown, or `weight_decay` is given where it would be ignored.
     """
-    objective = _make_objective(model, decay, weight_decay, precision)
+    objective = _make_objective(model, decay, weight_decay, precision, summed=reduce is not None)
     step_seed = _make_step_seed(model, seed)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -91,9 +97,12 @@ def make_train_step(
         scale = state.opt_state.scale if isinstance(state.opt_state, Scaled) else None
         function = objective(state.batch_stats, images, labels, scale, step_seed(state))
         grads, (_, (loss, logits, batch_stats)) = grad_and_value(function, has_aux=True)(state.params)
+        metrics = _metrics(loss * len(labels), logits, labels)
+        if reduce is not None:
+            grads, batch_stats, metrics = reduce(len(labels), grads, batch_stats, metrics)
         params, opt_state = optimizer.update(grads, state.opt_state, state.params, state.step)
         new_state = TrainState(state.step + 1, params, batch_stats, opt_state)
-        return new_state, _metrics(loss * len(labels), logits, labels)
+        return new_state, metrics
 
     return step
 
@@ -129,16 +138,20 @@ def make_gradients(
     weight_decay: float = 0.0,
     precision: Precision = "fp32",
     seed: int = 0,
+    reduce: Reduce | None = None,
 ) -> Callable[[TrainState, Any], Params]:
     """Builds `gradients(state, batch) -> params`, what a train step of the same arguments gives to its optimizer, but
     for a scale of the loss."""
-    objective = _make_objective(model, decay, weight_decay, precision)
+    objective = _make_objective(model, decay, weight_decay, precision, summed=reduce is not None)
     step_seed = _make_step_seed(model, seed)
 
     def gradients(state: TrainState, batch: Any) -> Params:
         images, labels = load(batch)
         function = objective(state.batch_stats, images, labels, None, step_seed(state))
-        return grad(function, has_aux=True)(state.params)[0]
+        grads, (loss, logits, batch_stats) = grad(function, has_aux=True)(state.params)
+        if reduce is not None:
+            grads, _, _ = reduce(len(labels), grads, batch_stats, _metrics(loss, logits, labels))
+        return grads
 
     return gradients
 
@@ -198,8 +211,10 @@ Objective = Callable[[Params], tuple[Tensor, tuple[Tensor, Tensor, BatchStats]]]
 """What training descends, and beside it the loss, the logits and the new statistics."""
 
 
-def _make_objective(model: Model, decay: str, weight_decay: float, precision: Precision) -> Callable[..., Objective]:
-    """Builds `objective(batch_stats, images, labels, scale, seed)`, which gives the objective on that batch."""
+def _make_objective(
+    model: Model, decay: str, weight_decay: float, precision: Precision, *, summed: bool
+) -> Callable[..., Objective]:
+    """Builds `objective(batch_stats, images, labels, scale, seed)`: the mean over that batch, or (`summed`) the sum."""
     if decay not in get_args(Decay):
         raise ValueError(f"decay: got {decay!r}, expected one of {', '.join(get_args(Decay))}")
     if decay == "parameters" and weight_decay:
@@ -223,6 +238,8 @@ def _make_objective(model: Model, decay: str, weight_decay: float, precision: Pr
                 # Generated weights may be of 16 bits, ordinary ones never are.
                 wide = tree.to(weights, torch.float32) if precision in LOW else weights
                 total = total + 0.5 * weight_decay * tree.ravel(wide)[0].square().sum()
+            if summed:
+                total = total * len(labels)
             if scale is not None:
                 total = total * scale
             return total, (loss, logits, batch_stats)

@@ -23,6 +23,9 @@ ALLOWED: dict[str, set[str]] = {
     "curves": set(),
     "environment": set(),
     "precision": set(),
+    "launch": set(),
+    "watch": set(),
+    "distributed": {"tree", "watch"},
     "histogram": {"tree"},
     "journal": {"files"},
     "tracking": {"histogram"},
@@ -36,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "model_file": {"checkpoint", "model"},
     "conditions": {"tree", "hypernet", "randomness", "model"},
     "fitting": {"tree", "hypernet", "tiling", "primary", "model"},
+    "sync_norm": {"model", "randomness"},
     "training": {"tree", "data", "model", "optim", "precision", "randomness"},
     "ensembles": {"tree", "model", "optim", "training"},
 }

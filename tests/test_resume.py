@@ -187,13 +187,17 @@ def done_once(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (path / "run.pth").read_bytes()
 
 
-def test_a_run_may_be_prolonged_and_not_shortened(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
-    flags = small(folder, "--checkpoint-path", "run.pth")
-    assert run_here(*flags, "--epochs", "2").returncode == 0
+def test_a_run_may_not_end_before_what_it_has_begun(
+    folder: Path, tmp_path: Path, run_here: RunHere, done_once: bytes
+) -> None:
+    (tmp_path / "run.pth").write_bytes(done_once)
+    tensors = {"state/step": torch.tensor(4)}
+    forged(tmp_path / "run.pth", lambda notes: notes["progress"].update(batch=1), tensors)
+    flags = small(folder, "--checkpoint-path", "run.pth", "--resume")
     assert_refused(
-        run_here(*flags, "--epochs", "1", "--resume"),
-        "--epochs: got 1, but the run in run.pth is one of 2, and may only be prolonged",
+        run_here(*flags, "--epochs", "1"), "--epochs: got 1, but the run in run.pth has begun epoch 2 already"
     )
+    assert "schedule     laid over 2 epochs now, and not over 1 as so far" in run_here(*flags, "--epochs", "2").stdout
 
 
 def test_a_run_keeps_its_engine(

@@ -1,0 +1,140 @@
+"""python -m benchmarks.ranks 1 2 4: the time of a step on so many ranks, and of the pieces that it is made of.
+
+On every GPU there is, or on the CPU with its cores divided among the ranks. What it prints, `benchmarks.scaling` reads.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import hyperfunc as hf
+from benchmarks.cases import LEARNING_RATE, WEIGHT_DECAY, pictures
+from benchmarks.measure import seconds
+from hyperfunc import capture, data, distributed, launch, optim, sync_norm, training, tree
+
+ROOT = Path(__file__).resolve().parent.parent
+LARGE_BYTES = 2**26
+"""Of a reduction that is all bandwidth."""
+
+
+def measure(program: "argparse.Namespace", ranks: int) -> dict[str, Any]:
+    """What the ranks measured, in seconds: rank 0's clock, of each round; started by torch's launcher."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.json"
+        flags = ["--rank", str(found), "--width", str(program.width), "--batch-size", str(program.batch_size)]
+        flags += ["--rounds", str(program.rounds), "--engine", program.engine, *["--sync-bn"] * program.sync_bn]
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = str(ROOT)
+        try:
+            code = launch.launch(__file__, flags, ranks, max_restarts=0)
+        finally:
+            os.environ.pop("PYTHONPATH")
+            if before is not None:
+                os.environ["PYTHONPATH"] = before
+        if code:
+            raise RuntimeError(f"the ranks ended with exit code {code}")
+        return json.loads(found.read_text())
+
+
+def make_step(
+    ranks: distributed.Ranks, device: torch.device, program: argparse.Namespace, *, reduced: bool
+) -> Callable[[], object]:
+    """A function that trains for one step at each call, with this rank's part of the batch."""
+    given = pictures(device, program.batch_size)
+    model = hf.hyper_resnet(40, program.width)
+    if program.sync_bn and reduced:
+        model = sync_norm.synchronize(model)
+    optimizer = optim.adam(optim.multistep(LEARNING_RATE, 200, 391), weight_decay=WEIGHT_DECAY)
+    load = data.make_train_load(given.images, given.normalization)
+    step = training.make_train_step(
+        model, optimizer, load=lambda draw: load(ranks.part(draw)), reduce=ranks.reduce if reduced else None
+    )
+    state = tree.to(training.init_state(model, optimizer, data.seeded_generator("benchmark")), device)
+    if program.engine.startswith("compiled"):
+        step = capture.compile_step(step, given.draws[0])
+    if "graph" in program.engine:
+        step = capture.capture(step, state, given.draws[0])
+    draws = cycle(given.draws)
+
+    def run() -> None:
+        nonlocal state
+        state, _ = step(state, next(draws))
+
+    return run
+
+
+def rank_main(program: argparse.Namespace) -> None:
+    """What every rank does; rank 0 writes what it measured."""
+    device = torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with distributed.joined(device, 300, lambda: None, lambda line: print(line, file=sys.stderr)) as ranks:
+        params, batch_stats = hf.hyper_resnet(40, program.width).init(torch.Generator().manual_seed(0))
+        numbers = tree.num_params((params, batch_stats)) + 4
+        buffers = [torch.zeros(size, device=device) for size in (1, numbers, LARGE_BYTES // 4)]
+        repeat = 20 if device.type == "cuda" else 1
+
+        def rounds(call: Callable[[], object], count: int) -> list[float]:
+            for _ in range(3):
+                call()
+            times: list[float] = []
+            for _ in range(count):
+                dist.barrier()
+                times.append(seconds(call, repeat))
+            return times
+
+        compute = rounds(make_step(ranks, device, program, reduced=False), program.rounds)
+        found: dict[str, Any] = {
+            "ranks": ranks.world,
+            "device": device.type,
+            "threads": torch.get_num_threads(),
+            "width": program.width,
+            "batch_size": program.batch_size,
+            "bytes": 4 * numbers,
+            "step": compute,
+            "compute": statistics.median(compute),
+        }
+        if ranks.world > 1:
+            found["step"] = rounds(make_step(ranks, device, program, reduced=True), program.rounds)
+            for name, buffer in zip(("one_number", "buffer", "large"), buffers, strict=True):
+                found[f"reduce_{name}"] = statistics.median(
+                    rounds(lambda buffer=buffer: dist.all_reduce(buffer), 100 if buffer.numel() < 10**6 else 10)
+                )
+        if ranks.rank == 0:
+            Path(program.rank).write_text(json.dumps(found))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("ranks", nargs="*", type=int, default=[1, 2])
+    parser.add_argument("--width", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--engine", default="compiled-graph" if torch.cuda.is_available() else "eager")
+    parser.add_argument("--sync-bn", action="store_true")
+    parser.add_argument("--rank", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    program = parse()
+    if program.rank:
+        rank_main(program)
+        return
+    for ranks in program.ranks:
+        found = measure(program, ranks)
+        print(json.dumps({**found, "step": statistics.median(found["step"])}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

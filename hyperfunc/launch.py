@@ -1,0 +1,140 @@
+"""Which devices a run uses, and its start on several of them through torch's elastic launcher."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+EXIT_FAILED = 1
+
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""What the launcher hands on to the ranks."""
+
+
+def parse_devices(text: str) -> tuple[str, list[int] | int | None]:
+    """Reads `--devices`: ("auto", None), ("cpu", count), ("cuda", count) or ("cuda", ids).
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if text == "auto":
+        return "auto", None
+    if match := re.fullmatch(r"cpu:([1-9][0-9]{0,3})", text):
+        return "cpu", int(match[1])
+    if re.fullmatch(r"[1-9][0-9]{0,3}", text):
+        return "cuda", int(text)
+    if re.fullmatch(r"[0-9]{1,4}(,[0-9]{1,4})*,?", text) and "," in text:
+        ids = [int(part) for part in text.strip(",").split(",")]
+        if len(set(ids)) == len(ids):
+            return "cuda", ids
+    raise ValueError(
+        f"got {text!r}, expected auto, a number of GPUs (2), their ids (0,1 or, for a single one, 3,), "
+        "or a number of ranks on the CPU (cpu:2)"
+    )
+
+
+def choose_devices(devices: str, kind: str, visible: int) -> list[torch.device]:
+    """The devices on this machine, one a rank.
+
+    Args:
+        devices: `--devices`.
+        kind: `--device`: "auto", "cpu" or "cuda".
+        visible: How many GPUs torch sees.
+
+    Raises:
+        ValueError: They are not there, or the two flags contradict each other.
+    """
+    asked, which = parse_devices(devices)
+    if asked == "cpu":
+        if kind == "cuda":
+            raise ValueError(f"--devices: got {devices} with --device cuda; leave one of them away")
+        assert isinstance(which, int)
+        return [torch.device("cpu")] * which
+    if kind == "cuda" and not visible:
+        raise ValueError(
+            "--device: got cuda, but torch sees no CUDA device; python -m hyperfunc.check_gpu says why, "
+            "--device cpu does without"
+        )
+    if kind == "cpu" or not visible:
+        if which not in (None, 1):
+            found = "with --device cpu" if kind == "cpu" else "but torch sees no CUDA device"
+            raise ValueError(f"--devices: got {devices}, {found}; cpu:2 is two ranks on the CPU")
+        return [torch.device("cpu")]
+    ids = list(range(visible)) if which is None else list(range(which)) if isinstance(which, int) else which
+    if max(ids) >= visible:
+        raise ValueError(f"--devices: got {devices}, but torch sees {visible} CUDA devices, 0 to {visible - 1}")
+    return [torch.device("cuda", index) for index in ids]
+
+
+def check_batch_size(batch_size: int, ranks: int) -> None:
+    """Raises a ValueError, which names what is near, where a batch cannot be divided evenly over the ranks."""
+    if batch_size % ranks == 0:
+        return
+    below, above = batch_size - batch_size % ranks, batch_size + ranks - batch_size % ranks
+    sizes = " or ".join(str(size) for size in (below, above) if size)
+    counts = sorted((n for n in range(1, batch_size + 1) if batch_size % n == 0), key=lambda n: abs(n - ranks))[:2]
+    raise ValueError(
+        f"--batch-size: got {batch_size} for {ranks} ranks, expected a multiple of {ranks}, for example {sizes}; "
+        f"or {' or '.join(map(str, sorted(counts)))} ranks"
+    )
+
+
+def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int) -> int:
+    """Runs a Python program on so many ranks of this machine and returns the exit code of them all.
+
+    Signals are handed on to the ranks, which are killed if they have not ended 30 seconds later.
+    """
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    environment = {
+        # Ranks that all compute with all cores would only wait for each other.
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
+        # Whoever loses the store says so in a line, without what torch's own code has to say of it.
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        **os.environ,
+        # What older versions of torch read.
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": SIGNALS,
+    }
+    with tempfile.TemporaryDirectory(prefix="hyperfunc-") as logs, contextlib.ExitStack() as stack:
+        known = {item.name for item in dataclasses.fields(LaunchConfig)}
+        newer: dict[str, Any] = {"signals_to_handle": SIGNALS}
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=max_restarts,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+            **{name: value for name, value in newer.items() if name in known},
+        )
+        # The launcher has its environment from here and hands it on.
+        stack.callback(os.environ.update, dict(os.environ))
+        stack.callback(os.environ.clear)
+        os.environ.update(environment)
+        # The ranks say themselves what went wrong.
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.CRITICAL)
+        for number in map(signal.Signals.__getitem__, SIGNALS.split(",")):
+            stack.callback(signal.signal, number, signal.getsignal(number))
+        try:
+            elastic_launch(config, sys.executable)(program, *argv)
+        except SignalException as stopped:
+            return 128 + stopped.sigval
+        except ChildFailedError as failed:
+            code = failed.get_first_failure()[1].exitcode
+            return code if code > 0 else EXIT_FAILED
+    return 0

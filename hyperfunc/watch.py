@@ -1,0 +1,339 @@
+"""Ranks that look after each other through a key-value store: who is alive, what to do together, who is to blame.
+
+A thread in every rank does this a few times a second, beside the training and outside of its collectives. So it costs
+a step nothing, and it works just the same while the main thread waits in a collective for a rank that is gone.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable
+
+from torch.distributed import DistError, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
+
+EXIT_FAILED = 1
+
+NAMED = 4
+"""How many ranks a line names; the rest it counts."""
+
+PATIENCE_LOOKS = 15
+"""How many looks an error in a collective waits to see who else has one, and so who has not."""
+
+
+class RankLost(ConnectionError):
+    """Another rank is gone, or does not go on; the message names it."""
+
+
+class Told(Exception):
+    """The reason for which all ranks end has been said, by another rank, and so has the exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def meet(store: Store, rank: int, world: int, timeout: float) -> Store:
+    """Waits for all ranks to come, and returns the part of the store that is for this start of theirs alone.
+
+    A launcher that starts ranks again goes on with the same store, where the first ones have left their keys, and not
+    all launchers count alike how often they did. So rank 0 numbers the starts, and answers those who ask it now.
+
+    Raises:
+        RankLost: One did not come in time.
+    """
+    deadline = time.monotonic() + timeout
+    missing = [0]
+    if rank == 0:
+        number = store.add("starts", 1)
+        own = _enter(store, number, 0)
+        while time.monotonic() < deadline:
+            missing = [other for other in range(world) if not own.check([f"who/{other}"])]
+            if not missing:
+                own.set("met", "")
+                return own
+            for other in missing:
+                if store.check([f"hello/{other}"]):
+                    answer = f"welcome/{store.get(f'hello/{other}').decode()}"
+                    if not store.check([answer]):
+                        store.set(answer, str(number))
+            time.sleep(0.02)
+    else:
+        token = uuid.uuid4().hex
+        store.set(f"hello/{rank}", token)
+        own = None
+        while time.monotonic() < deadline:
+            if own is None and store.check([f"welcome/{token}"]):
+                own = _enter(store, int(store.get(f"welcome/{token}")), rank)
+            if own is not None and own.check(["met"]):
+                return own
+            time.sleep(0.02)
+    names = ", ".join(map(str, missing[:NAMED])) + (" and others" if len(missing) > NAMED else "")
+    raise RankLost(f"rank {names} did not come within {timeout:g} s")
+
+
+def _enter(store: Store, number: int, rank: int) -> Store:
+    own = PrefixStore(f"start/{number}", store)
+    own.set(f"beat/{rank}", "0/0")
+    own.set(f"who/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
+    return own
+
+
+class Watch:
+    """What one rank knows of the others.
+
+    A rank shows that it lives by a number that it raises at every look, and how far it is by a second one. Rank 0
+    watches all others, and they watch rank 0. Looks count and not the clock: ranks that were all stopped together, as
+    by a suspended machine, find each other alive afterwards.
+
+    Args:
+        store: From `meet`.
+        rank: This one's number.
+        world: How many there are.
+        timeout: Seconds after which a rank that is silent, or behind and does not move, is given up.
+        received: Gives the number of a signal that asks to end, or None.
+        say: Takes the line that says why all ranks end.
+        end: Ends the process with an exit code.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world: int,
+        *,
+        timeout: float,
+        received: Callable[[], int | None],
+        say: Callable[[str], None],
+        end: Callable[[int], object] = os._exit,
+    ) -> None:
+        self._store = store
+        self._rank = rank
+        self._world = world
+        self._timeout = timeout
+        self._received = received
+        self._say = say
+        self._end = end
+        # More ranks look less often: all of them ask the one store.
+        self.interval = 0.1 * (1 + world / 32)
+        # Early enough that all is over by the timeout.
+        self._limit = max(2, round(0.8 * timeout / self.interval))
+        self._grace = min(5.0, 0.1 * timeout)
+        watched = range(1, world) if rank == 0 else [0]
+        self._heard: dict[int, tuple[str, int]] = dict.fromkeys(watched, ("", 0))
+        self._moved: dict[int, tuple[int, int]] = dict.fromkeys(watched, (0, 0))
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
+        self._changed = threading.Condition()
+        # All that follows is guarded by it.
+        self._arrivals = 0
+        self._point = 0
+        self._round = 0
+        self._wish: int | None = None
+        self._order: int | None = None
+        self._frozen = False
+        self._at: int | None = None
+
+    def start(self) -> None:
+        """Begins to watch."""
+        self._thread.start()
+
+    def arrive(self) -> None:
+        """Notes that the main thread has come to a place where it waits for the other ranks."""
+        with self._changed:
+            self._arrivals += 1
+
+    def agree(self, wish: int | None) -> int | None:
+        """What all ranks do here, if anything: a wish of one of them, or a signal that one of them received.
+
+        Called by all ranks at the same places of the program, which are counted. Where a rank wishes something, all
+        stop at the next such place, tell where they are, and do it at the first place that none has passed. It takes
+        a few looks, during which each waits for the others; without a wish nothing is ever waited for.
+        """
+        with self._changed:
+            self._arrivals += 1
+            self._point += 1
+            self._wish = wish
+            while self._frozen and self._at is None:
+                self._changed.wait()
+            if self._at != self._point:
+                return None
+            order, self._order, self._wish = self._order, None, None
+            self._frozen, self._at = False, None
+            self._round += 1
+            return order
+
+    def judge(self, error: Exception, code: int) -> Exception:
+        """What is to be raised in the place of an error that ends this rank: it may be another's doing.
+
+        Exactly one rank says why the ranks end: the first to claim that. All others get a `Told`.
+
+        Args:
+            error: What came up in the main thread.
+            code: The exit code that it leads to.
+        """
+        lost = isinstance(error, RankLost)
+        try:
+            if not lost and is_of_communication(error):
+                lost, error = True, self._whose_fault(error)
+            elif self._rank != 0:
+                # What is wrong with all of them is for rank 0 to say.
+                time.sleep(3 * self.interval)
+            if not self._claim(code):
+                return Told(self._verdict() or code)
+        except RuntimeError:
+            return RankLost(self._without_store()) if lost or is_of_communication(error) else error
+        return error if lost or self._rank == 0 else _said_by(self._rank, error)
+
+    def leave(self) -> None:
+        """At a good end: waits until all are there, so that none is taken for dead, or ended, while it finishes."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"left/{self._rank}", "")
+            while not self._store.check(["over"]):
+                if self._rank == 0 and self._have("left", range(self._world)):
+                    self._store.set("over", "")
+                time.sleep(self.interval)
+        self._stopping.set()
+        self._thread.join()
+        if self._rank == 0:
+            # The store may be this process's own.
+            time.sleep(2 * self.interval)
+
+    def _work(self) -> None:
+        look = 0
+        code: int | None = None
+        judged_at = 0
+        while not self._stopping.wait(self.interval):
+            look += 1
+            try:
+                with self._changed:
+                    beat = f"{look}/{self._arrivals}"
+                self._store.set(f"beat/{self._rank}", beat)
+                if code is None and (code := self._verdict()) is not None:
+                    judged_at = look
+                if code is not None:
+                    # The main thread may be about to end by itself, with more to put in order.
+                    if (look - judged_at) * self.interval >= self._grace:
+                        self._end(code)
+                    continue
+                if (lost := self._look_at_others(look)) is not None and self._claim(EXIT_FAILED):
+                    self._say(lost)
+                self._follow_agreement()
+            except RuntimeError:
+                if self._stopping.is_set():
+                    return
+                time.sleep(self._grace)
+                self._say(self._without_store())
+                self._end(EXIT_FAILED)
+
+    def _look_at_others(self, look: int) -> str | None:
+        """The line about a rank that is to be given up, if there is one."""
+        others = list(self._heard)
+        if not others:
+            return None
+        beats = [beat.decode() for beat in self._store.multi_get([f"beat/{other}" for other in others])]
+        arrivals = [int(beat.partition("/")[2]) for beat in beats]
+        with self._changed:
+            furthest = max(self._arrivals, *arrivals)
+        silent: list[int] = []
+        stuck: list[int] = []
+        for other, beat, arrived in zip(others, beats, arrivals, strict=True):
+            if beat != self._heard[other][0]:
+                self._heard[other] = (beat, look)
+            if arrived != self._moved[other][0] or arrived == furthest:
+                self._moved[other] = (arrived, look)
+            if look - self._heard[other][1] >= self._limit:
+                silent.append(other)
+            elif look - self._moved[other][1] >= self._limit:
+                stuck.append(other)
+        seconds = f"{self._limit * self.interval:.1f} s"
+        if silent:
+            return f"{self._name(silent)} gave no sign of life for {seconds}: killed, stopped, or cut off"
+        if stuck:
+            return f"{self._name(stuck)} is alive but has not gone on for {seconds}, the others wait"
+        return None
+
+    def _follow_agreement(self) -> None:
+        """Proposes what is wished for here, and brings forward what any rank has proposed."""
+        with self._changed:
+            key, frozen, at, wish = f"agreement/{self._round}", self._frozen, self._at, self._wish
+        if at is not None:
+            return
+        if not frozen:
+            number = self._received()
+            wish = number if number is not None else wish
+            if wish is not None:
+                self._store.compare_set(key, "", str(wish))
+            elif not self._store.check([key]):
+                return
+            order = int(self._store.get(key))
+            with self._changed:
+                self._frozen, self._order = True, order
+                first_open = self._point + 1
+            self._store.set(f"{key}/{self._rank}", str(first_open))
+        if self._rank == 0 and self._have(key, range(self._world)):
+            opens = self._store.multi_get([f"{key}/{other}" for other in range(self._world)])
+            self._store.set(f"{key}/at", str(max(map(int, opens))))
+        if self._store.check([f"{key}/at"]):
+            with self._changed:
+                self._at = int(self._store.get(f"{key}/at"))
+                self._changed.notify_all()
+
+    def _whose_fault(self, error: Exception) -> Exception:
+        """Whose fault an error in a collective is: of those who have none themselves."""
+        self._store.set(f"failed/{self._rank}", "")
+        beats = self._beats()
+        missing = [other for other in range(self._world) if other != self._rank]
+        for _ in range(PATIENCE_LOOKS):
+            time.sleep(self.interval)
+            missing = [other for other in missing if not self._have("failed", [other])]
+            if not missing or self._verdict() is not None:
+                return RankLost(f"the ranks have lost each other: {error}")
+        after = self._beats()
+        if dead := [other for other in missing if beats[other] == after[other]]:
+            return RankLost(f"{self._name(dead)} was killed, stopped, or cut off")
+        return RankLost(f"{self._name(missing)} is alive but did not take part: {error}")
+
+    def _beats(self) -> list[bytes]:
+        return self._store.multi_get([f"beat/{other}" for other in range(self._world)])
+
+    def _claim(self, code: int) -> bool:
+        """Whether it is for this rank to say why all of them end."""
+        mine = f"{code} {self._rank}"
+        return self._store.compare_set("verdict", "", mine).decode() == mine
+
+    def _verdict(self) -> int | None:
+        """The exit code of all ranks, once one has said why they end."""
+        if not self._store.check(["verdict"]):
+            return None
+        return int(self._store.get("verdict").decode().split()[0])
+
+    def _without_store(self) -> str:
+        return f"rank {self._rank} has lost the store that the ranks share; what launched them has probably ended"
+
+    def _have(self, key: str, ranks: Iterable[int]) -> bool:
+        return self._store.check([f"{key}/{rank}" for rank in ranks])
+
+    def _name(self, ranks: list[int]) -> str:
+        """The ranks, the first of them with where they run."""
+        shown = [f"rank {rank}" for rank in ranks[:NAMED]]
+        for place, rank in enumerate(ranks[:NAMED]):
+            if self._have("who", [rank]):
+                shown[place] += f" ({self._store.get(f'who/{rank}').decode()})"
+        return ", ".join(shown) + (f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else "")
+
+
+def is_of_communication(error: Exception) -> bool:
+    """Whether an error comes from a collective and not from this rank's own work."""
+    # Gloo's are plain RuntimeErrors that hold a path of its source.
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def _said_by(rank: int, error: Exception) -> Exception:
+    """The same error with the rank before its message."""
+    for kind in (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError):
+        if isinstance(error, kind):
+            return kind(f"rank {rank}: {error}")
+    return error

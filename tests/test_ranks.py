@@ -1,0 +1,322 @@
+"""train.py on several ranks of the CPU, as a user starts it: whole, killed, hung, stopped and resumed."""
+
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ONE_THREAD, ROOT, assert_trees_equal, make_folder
+
+import train
+from hyperfunc import checkpoint, journal, launch
+
+MARK = "HYPERFUNC_TEST"
+"""Names, in the environment, the test that a process belongs to."""
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def processes(mark: str) -> dict[int, dict[str, str]]:
+    """The environment of every process with that mark which is not over, by its id."""
+    found: dict[int, dict[str, str]] = {}
+    for folder in Path("/proc").iterdir():
+        try:
+            content = (folder / "environ").read_bytes().decode(errors="replace") if folder.name.isdigit() else ""
+        except OSError:
+            continue
+        variables = dict(item.split("=", 1) for item in content.split("\0") if "=" in item)
+        if variables.get(MARK) == mark:
+            found[int(folder.name)] = variables
+    return found
+
+
+def rank(mark: str, number: int) -> int:
+    """The id of a rank's process."""
+    ids = [pid for pid, variables in processes(mark).items() if variables.get("RANK") == str(number)]
+    # The one that draws the curves has its rank's environment, and a rank is older.
+    return min(ids)
+
+
+def all_over(mark: str, seconds: float = 5) -> bool:
+    """Whether no process of that mark is left, or will be soon: what draws the curves ends by itself."""
+    deadline = time.monotonic() + seconds
+    while (left := processes(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not left
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A mark whose processes do not outlive the test."""
+    name = secrets.token_hex(8)
+    yield name
+    for pid in processes(name):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def start(tmp_path: Path, mark: str) -> Start:
+    """Starts a command, with all that it writes in one stream."""
+
+    def run(*command: str, cwd: Path = tmp_path, **variables: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=cwd,
+            env={**os.environ, **ONE_THREAD, MARK: mark, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    path = make_folder(tmp_path_factory.mktemp("pictures"), train=25, test=7, size=32)
+    (path / "train" / "dog" / "0024.png").unlink()  # 49 pictures: 8 batches of 6, and one picture
+    return [
+        *("--no-wandb", "--depth", "10", "--dataset", "folder", "--data-dir", str(path), "--batch-size", "6"),
+        *("--report-every", "4", "--timeout", "5", "--checkpoint-every", "3b", "--checkpoint-path", "run.pth"),
+    ]
+
+
+EPOCHS = 3
+
+
+def program(*flags: str) -> list[str]:
+    return [str(ROOT / "train.py"), *flags]
+
+
+def shown(path: Path) -> list[dict[str, Any]]:
+    """What the journal holds but for times."""
+    left_out = ("time", "epoch_time", "images_per_second")
+    rows = [row for row in journal.read_rows(path) if row["kind"] in ("report", "epoch")]
+    return [{key: value for key, value in row.items() if key not in left_out} for row in rows]
+
+
+def await_line(process: "subprocess.Popen[str]", beginning: str) -> str:
+    """What a process writes up to a line that begins so."""
+    assert process.stdout is not None
+    output = ""
+    for line in process.stdout:
+        output += line
+        if line.startswith(beginning):
+            break
+    return output
+
+
+@pytest.fixture(scope="module")
+def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and the output of a run on two ranks that nothing disturbs."""
+    path = tmp_path_factory.mktemp("whole")
+    done = subprocess.run(
+        [sys.executable, *program(*flags, "--devices", "cpu:2", "--sync-bn", "--epochs", str(EPOCHS))],
+        cwd=path,
+        env={**os.environ, **ONE_THREAD},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # Once, and not from every rank.
+    assert [line.rpartition("/")[2] for line in done.stderr.splitlines()] == [
+        "train: 49 files",
+        "train: done",
+        "test: 14 files",
+        "test: done",
+    ]
+    return path, done.stdout
+
+
+def test_two_ranks_show_and_leave_what_one_does(
+    whole: tuple[Path, str],
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*flags, "--device", "cpu", "--sync-bn", "--epochs", str(EPOCHS)]) == 0
+    assert not torch.distributed.is_initialized()
+    path, output = whole
+    assert output.splitlines()[0].endswith(", 2 ranks")
+    # Up to the first figure that rounding may change.
+    ours, theirs = (re.sub(r"  (loss|train) .*", "", text) for text in (output, capsys.readouterr().out))
+    assert ours.replace(", 2 ranks", "") == theirs
+    assert sorted(file.name for file in path.iterdir()) == sorted(file.name for file in tmp_path.iterdir())
+    ours, theirs = shown(path / "run.metrics.jsonl"), shown(tmp_path / "run.metrics.jsonl")
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    assert ours[0]["batch/loss"] == pytest.approx(theirs[0]["batch/loss"], rel=1e-3)
+    assert checkpoint.load(path / "run.pth").notes["environment"]["ranks"] == 2
+
+
+def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_end(
+    whole: tuple[Path, str], flags: list[str], start: Start, mark: str, tmp_path: Path
+) -> None:
+    command = program(*flags, "--devices", "cpu:2", "--sync-bn", "--epochs", str(EPOCHS), "--max-restarts", "1")
+    process = start(*command)
+    output = await_line(process, "epoch 1/3  batch 4/9")
+    os.kill(killed := rank(mark, 1), signal.SIGKILL)
+    output += process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    lines = [line for line in output.splitlines() if line.startswith("train.py: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("train.py: rank 1 (")
+    assert f"process {killed})" in lines[0]
+    assert "resumed      from run.pth at epoch 1, batch 3" in output
+    assert all_over(mark)
+    assert_trees_equal(checkpoint.load(tmp_path / "run.pth").tensors, checkpoint.load(whole[0] / "run.pth").tensors)
+    assert shown(tmp_path / "run.metrics.jsonl") == shown(whole[0] / "run.metrics.jsonl")
+
+
+def test_a_hung_rank_is_named_within_the_timeout(flags: list[str], start: Start, mark: str, tmp_path: Path) -> None:
+    # Without a launcher, as other programs start ranks; it would end the hung one, too.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = program(*flags, "--device", "cpu", "--epochs", "100")
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    first, second = (start(*command, **address, RANK=str(n), LOCAL_RANK=str(n)) for n in range(2))
+    await_line(first, "epoch 1/100  batch 8/9")
+    second.send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    output = first.communicate(timeout=20)[0]
+    assert time.monotonic() - begin < 6
+    assert first.returncode == 1
+    lines = [line for line in output.splitlines() if line.startswith("train.py: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("train.py: rank 1 (")
+    assert f"process {second.pid}) gave no sign of life" in lines[0]
+    assert checkpoint.load(tmp_path / "run.pth").notes["progress"]["batch"] % 3 == 0
+    # It finds that it is alone when it is let go on.
+    second.send_signal(signal.SIGCONT)
+    second.communicate(timeout=20)
+    assert second.returncode == 1
+
+
+def test_stopped_on_two_ranks_and_resumed_on_one(
+    flags: list[str],
+    start: Start,
+    mark: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Saved by the clock, too, for which the ranks have to agree on a step.
+    process = start(*program(*flags, "--devices", "cpu:2", "--epochs", "1000", "--checkpoint-every", "1s"))
+    output = await_line(process, "epoch 1/1000  batch 4/9")
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "run.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    by_clock = checkpoint.load(tmp_path / "run.pth").notes["progress"]
+    assert by_clock["batch"] > 0
+    process.terminate()
+    output += process.communicate(timeout=30)[0]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert output.count("stopped by SIGTERM at ") == 1
+    assert output.splitlines()[-1].endswith("; saved run.pth, go on with --resume")
+    assert all_over(mark)
+    progress = checkpoint.load(tmp_path / "run.pth").notes["progress"]
+    assert (progress["epoch"], progress["batch"]) > (by_clock["epoch"], by_clock["batch"])
+    where = f"resumed      from run.pth at epoch {progress['epoch'] + 1}, batch {progress['batch']}"
+
+    epochs = progress["epoch"] + 1
+    monkeypatch.chdir(tmp_path)
+    code = train.main([*flags, "--devices", "1", "--device", "cpu", "--epochs", str(epochs), "--resume"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    assert where in captured.out
+    assert "resumed on 1 ranks, was 2: without --sync-bn each rank has batch statistics of its own" in captured.err
+    rows = [row for row in shown(tmp_path / "run.metrics.jsonl") if row["kind"] == "epoch"]
+    assert [row["epoch"] for row in rows] == list(range(1, epochs + 1))
+
+
+def test_what_is_wrong_is_said_once(flags: list[str], start: Start, mark: str, tmp_path: Path) -> None:
+    process = start(*program(*flags, "--devices", "cpu:2", "--data-dir", "nowhere"))
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2
+    assert len([line for line in output.splitlines() if "nowhere" in line]) == 1
+    assert output.count("train.py: ") == 1
+    assert all_over(mark)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Devices
+
+
+@pytest.mark.parametrize(
+    ("devices", "kind", "visible", "expected"),
+    [
+        ("auto", "auto", 0, ["cpu"]),
+        ("auto", "auto", 1, ["cuda:0"]),
+        ("auto", "auto", 4, ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]),
+        ("auto", "cpu", 4, ["cpu"]),
+        ("1", "auto", 4, ["cuda:0"]),
+        ("1", "auto", 0, ["cpu"]),
+        ("2", "cuda", 4, ["cuda:0", "cuda:1"]),
+        ("3,1", "auto", 4, ["cuda:3", "cuda:1"]),
+        ("3,", "auto", 4, ["cuda:3"]),
+        ("cpu:2", "auto", 4, ["cpu", "cpu"]),
+        ("cpu:1", "cpu", 0, ["cpu"]),
+    ],
+)
+def test_devices(devices: str, kind: str, visible: int, expected: list[str]) -> None:
+    assert launch.choose_devices(devices, kind, visible) == list(map(torch.device, expected))
+
+
+@pytest.mark.parametrize(
+    ("devices", "kind", "visible", "message"),
+    [
+        ("2", "auto", 0, "--devices: got 2, but torch sees no CUDA device; cpu:2 is two ranks on the CPU"),
+        ("0,1", "cpu", 2, "--devices: got 0,1, with --device cpu; cpu:2 is two ranks"),
+        ("3", "auto", 2, "--devices: got 3, but torch sees 2 CUDA devices, 0 to 1"),
+        ("0,2", "auto", 2, "--devices: got 0,2, but torch sees 2 CUDA devices, 0 to 1"),
+        ("cpu:2", "cuda", 2, "--devices: got cpu:2 with --device cuda; leave one of them away"),
+        ("auto", "cuda", 0, "--device: got cuda, but torch sees no CUDA device"),
+    ],
+)
+def test_devices_that_are_not_there(devices: str, kind: str, visible: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        launch.choose_devices(devices, kind, visible)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "cpu", "cpu:0", "cpu:x", "1,1", "0,", ",", "1;2", "all", "", "cuda:0"])
+def test_devices_are_numbers_or_ids(text: str) -> None:
+    if text == "0,":
+        assert launch.parse_devices(text) == ("cuda", [0])
+        return
+    with pytest.raises(ValueError, match="expected auto, a number of GPUs"):
+        launch.parse_devices(text)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "ranks", "message"),
+    [
+        (128, 3, "got 128 for 3 ranks, expected a multiple of 3, for example 126 or 129; or 2 or 4 ranks"),
+        (1, 2, "got 1 for 2 ranks, expected a multiple of 2, for example 2; or 1 ranks"),
+        (100, 8, "got 100 for 8 ranks, expected a multiple of 8, for example 96 or 104; or 5 or 10 ranks"),
+    ],
+)
+def test_a_batch_is_divided_evenly(batch_size: int, ranks: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        launch.check_batch_size(batch_size, ranks)
+
+
+def test_an_uneven_division_is_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--devices", "cpu:3", "--dataset", "digits"]) == 2
+    assert capsys.readouterr().err.startswith("train.py: --batch-size: got 128 for 3 ranks")
+    assert list(tmp_path.iterdir()) == []
