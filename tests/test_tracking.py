@@ -160,6 +160,7 @@ def test_an_offline_run_holds_what_the_journal_holds(tmp_path: Path, flags: list
     assert sum(first["gradients/embeddings/3x3/values"]) == 32 * 64
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_has_every_row_once(tmp_path: Path, flags: list[str]) -> None:
     def go(epochs: int, *more: str) -> None:
         resume = ["--resume"] if (tmp_path / "run.pth").exists() else []

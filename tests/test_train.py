@@ -236,8 +236,8 @@ def test_the_best_model_in_the_checkpoint_has_the_accuracy_that_was_printed(
     assert train.loss_and_accuracy(metrics)[1] == pytest.approx(row["test/accuracy"])
 
 
-def test_training_is_what_the_library_does_step_by_step(folder: Path, tmp_path: Path) -> None:
-    done = run_train(*small(folder, "--epochs", "1", "--checkpoint-path", "run.pth", "--seed", "7"), cwd=tmp_path)
+def test_training_is_what_the_library_does_step_by_step(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    done = run_here(*small(folder, "--epochs", "1", "--checkpoint-path", "run.pth", "--seed", "7"))
     assert done.returncode == 0, done.stderr
     dataset = data.load_dataset("folder", folder)
     model = hf.hyper_resnet(10, num_classes=2)
@@ -497,16 +497,18 @@ def test_ctrl_c_before_training_says_that_nothing_was_saved(tmp_path: Path) -> N
     assert not (tmp_path / "run.pth").exists()
 
 
-def test_a_complete_run_has_nothing_to_resume_but_may_be_prolonged(folder: Path, tmp_path: Path) -> None:
+def test_a_complete_run_has_nothing_to_resume_but_may_be_prolonged(
+    folder: Path, tmp_path: Path, run_here: RunHere
+) -> None:
     flags = small(folder, "--checkpoint-path", "run.pth", "--schedule", "constant")
-    assert run_train(*flags, "--epochs", "1", cwd=tmp_path).returncode == 0
+    assert run_here(*flags, "--epochs", "1").returncode == 0
     before = (tmp_path / "run.pth").read_bytes()
-    again = run_train(*flags, "--epochs", "1", "--resume", cwd=tmp_path)
+    again = run_here(*flags, "--epochs", "1", "--resume")
     assert again.returncode == 0
     assert "nothing to do: the run is complete after 1 epochs" in again.stdout
     assert (tmp_path / "run.pth").read_bytes() == before
-    assert run_train(*flags, "--epochs", "2", "--resume", cwd=tmp_path).returncode == 0
-    whole = run_train(*flags, "--epochs", "2", "--checkpoint-path", "whole.pth", cwd=tmp_path)
+    assert run_here(*flags, "--epochs", "2", "--resume").returncode == 0
+    whole = run_here(*flags, "--epochs", "2", "--checkpoint-path", "whole.pth")
     assert whole.returncode == 0
     assert_trees_equal(state_of(tmp_path / "run.pth"), state_of(tmp_path / "whole.pth"))
 
