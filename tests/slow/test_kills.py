@@ -113,7 +113,7 @@ def test_terminated_at_random_moments(tmp_path: Path, flags: list[str], engine: 
         expected = (128 + signal.SIGTERM, -signal.SIGTERM) if not output else (128 + signal.SIGTERM,)
         assert process.returncode in (*expected, 0), (number, output)
         if process.returncode == 0:
-            assert f"epoch {EPOCHS}/{EPOCHS}" in output
+            assert f"epoch {EPOCHS}/{EPOCHS}" in output or "nothing to do: the run is complete" in output
         if path.exists():
             hf.load(path)
         assert time.monotonic() - begin < 5, output
