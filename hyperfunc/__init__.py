@@ -3,10 +3,13 @@
 from hyperfunc import (
     capture,
     checkpoint,
+    conditions,
     console,
     data,
+    ensembles,
     environment,
     files,
+    fitting,
     flags,
     histogram,
     hypernet,
@@ -28,6 +31,9 @@ from hyperfunc import (
     training,
     tree,
 )
+from hyperfunc.conditions import Conditional, ConditionalParams, Encoder, conditional, encode_bounded
+from hyperfunc.ensembles import Ensemble, ensemble
+from hyperfunc.fitting import Fit, fit_embeddings
 from hyperfunc.hypernet import HyperNetParams, generate_kernel, generate_kernels
 from hyperfunc.model import BatchStats, Model, Params, hyper_resnet, hyperize, materialize, resnet
 from hyperfunc.model_file import load, save
@@ -40,6 +46,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchStats",
+    "Conditional",
+    "ConditionalParams",
+    "Encoder",
+    "Ensemble",
+    "Fit",
     "HyperNetParams",
     "Metrics",
     "Model",
@@ -48,10 +59,17 @@ __all__ = [
     "TrainState",
     "capture",
     "checkpoint",
+    "conditional",
+    "conditions",
     "console",
     "data",
+    "encode_bounded",
+    "ensemble",
+    "ensembles",
     "environment",
     "files",
+    "fit_embeddings",
+    "fitting",
     "flags",
     "generate_kernel",
     "generate_kernels",

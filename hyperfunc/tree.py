@@ -118,6 +118,11 @@ def describe(leaf: Tensor, *, any_length: bool = False) -> str:
     return f"{str(leaf.dtype).removeprefix('torch.')}[{', '.join(str(extent) for extent in shape)}]"
 
 
+def is_readable(leaf: Tensor) -> bool:
+    """Whether its values can be looked at for nothing: it is on the CPU, and neither transformed nor traced."""
+    return leaf.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_functorch_wrapped(leaf)
+
+
 def _is_functorch_wrapped(leaf: Tensor) -> bool:
     return _functorch.is_functorch_wrapped_tensor(leaf)
 

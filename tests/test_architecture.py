@@ -34,7 +34,10 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"tree", "hypernet", "tiling", "targets", "primary", "randomness", "residual"},
     "overview": {"hypernet", "model"},
     "model_file": {"checkpoint", "model"},
+    "conditions": {"tree", "hypernet", "randomness", "model"},
+    "fitting": {"tree", "hypernet", "tiling", "primary", "model"},
     "training": {"tree", "data", "model", "optim", "precision", "randomness"},
+    "ensembles": {"tree", "model", "optim", "training"},
 }
 TOP = {"__init__", "check_gpu", "plot"}
 """These may import everything, and nothing imports them."""

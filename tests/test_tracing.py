@@ -4,7 +4,7 @@ import sys
 
 from helpers import ROOT
 
-FILES = ["tests/test_capture.py", "tests/test_hyperize.py", "tests/test_randomness.py"]
+FILES = [f"tests/test_{name}.py" for name in ("capture", "conditions", "ensembles", "hyperize", "randomness")]
 
 
 def test_what_is_traced_passes_without_shape_checks() -> None:

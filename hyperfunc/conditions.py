@@ -1,0 +1,394 @@
+"""Weights that depend on a condition: a task, a continuous vector, or the input itself.
+
+An encoder turns a condition into a code e of k numbers; the code, at length 1, mixes k tables of embeddings,
+z_u(e) = sum_j e_j Z[j, u], and from there on everything is as in the model without a condition. Kernels are linear in
+z, so that a code that grows would make kernels that grow with it: hence the length 1 (Ortiz, Guttag and Dalca 2023,
+arXiv 2304.07645). The part of the weights that no condition reaches, that paper's independent parameters, is here what
+the generator's biases give, and the parameters that are not generated.
+"""
+
+# torch.compile cannot trace the evaluation of an annotation, and functions are defined inside of what it traces.
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator, Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from hyperfunc import tree
+from hyperfunc.hypernet import HyperNetParams, generate_kernels, init_embeddings
+from hyperfunc.model import BatchStats, Model, Params
+from hyperfunc.randomness import Seed, fold_in
+
+
+class Encoder(NamedTuple):
+    """A function from conditions to codes; `table`, `bounded` and `from_module` make one, and so does any such triple.
+
+    Attributes:
+        init: `init(generator) -> params`, a pytree; an empty dict for an encoder without parameters.
+        apply: `apply(params, conditions) -> codes`: a batch of conditions, stacked along the first dimension, to codes
+            of shape (batch, code_dim). Each code depends on its own condition alone.
+        code_dim: Length of a code.
+    """
+
+    init: Callable[[Generator], Any]
+    apply: Callable[[Any, Tensor], Tensor]
+    code_dim: int
+
+
+class ConditionalParams(NamedTuple):
+    """Everything that is trained.
+
+    Attributes:
+        encoder: The encoder's own parameters.
+        model: Those of the model, but that each tensor of `embeddings` has the shape (code_dim, units, z).
+    """
+
+    encoder: Any
+    model: Params
+
+
+class ConditionalForward(Protocol):
+    """A conditional network; returns the output and the new buffers."""
+
+    def __call__(
+        self,
+        params: ConditionalParams,
+        batch_stats: BatchStats,
+        condition: Tensor,
+        /,
+        *args: Any,
+        train: bool,
+        **kwargs: Any,
+    ) -> tuple[Any, BatchStats]: ...
+
+
+class Conditional(NamedTuple):
+    """A model whose generated weights depend on a condition, as pure functions.
+
+    For one set of weights a condition, map: `torch.vmap(kernels, in_dims=(None, 0))(params, conditions)`.
+
+    Attributes:
+        init: `init(generator) -> (params, batch_stats)`, on the generator's device.
+        apply: `apply(params, batch_stats, condition, *args, train, **kwargs) -> (output, new batch_stats)`: one
+            condition, and so one network, for the whole batch.
+        apply_each: `apply_each(params, batch_stats, conditions, *args, train, **kwargs)`: a condition for each sample,
+            which goes through weights of its own. Conditions and `args` are stacked along the first dimension, and so
+            are the outputs; `kwargs` are the same for all samples. In evaluation it equals a loop over the samples. In
+            training a batch norm takes mean and variance over all samples of the batch (and their pixels), each
+            sample from its own weights, and updates the one set of running statistics by them: what an ordinary
+            network does, and exactly that where all conditions are equal. A loop over samples could not do that: it
+            would normalise each sample by itself, unlike evaluation. Buffers of other kinds that a module writes are
+            those of the first sample. Under a `seed` dropout draws for each sample by itself.
+        at: `at(params, condition) -> Params` of `model`: the network of one condition by itself, for `materialize`,
+            `save` and all else that takes a model's parameters.
+        kernels: `kernels(params, condition) -> {name: tensor}`, the generated tensors.
+        weights: `weights(params, condition) -> {name: tensor}`, all parameters of the primary network.
+        model: The model without a condition.
+        encoder: What turns conditions into codes.
+    """
+
+    init: Callable[[Generator], tuple[ConditionalParams, BatchStats]]
+    apply: ConditionalForward
+    apply_each: ConditionalForward
+    at: Callable[[ConditionalParams, Tensor], Params]
+    kernels: Callable[[ConditionalParams, Tensor], dict[str, Tensor]]
+    weights: Callable[[ConditionalParams, Tensor], dict[str, Tensor]]
+    model: Model
+    encoder: Encoder
+
+
+def conditional(model: Model, encoder: Encoder) -> Conditional:
+    """A model whose embeddings depend on a condition.
+
+    At init every entry of a code has a table of embeddings drawn like the model's own; since a code has length 1, the
+    mixture has the variance that each layer calls for, whatever the condition. The encoder's codes are brought to
+    length 1 here. A code of zeros stays zeros, and leaves the generator's biases.
+
+    Raises:
+        ValueError: The model generates nothing, or the encoder's code has no entry. The functions of the result raise
+            one for conditions, or codes, of a wrong shape.
+    """
+    if not model.tiling.names:
+        raise ValueError(
+            "model: it generates none of its weights, so that nothing could depend on a condition; "
+            "expected one of hyper_resnet or hyperize"
+        )
+    if encoder.code_dim < 1:
+        raise ValueError(f"encoder: got code_dim {encoder.code_dim}, expected at least 1")
+
+    def init(generator: Generator) -> tuple[ConditionalParams, BatchStats]:
+        params, batch_stats = model.init(generator)
+        tables: dict[str, Tensor] = {}
+        for key, z in params.embeddings.items():
+            others = [_draw_alike(generator, params.generator[key], z) for _ in range(encoder.code_dim - 1)]
+            tables[key] = torch.stack([z, *others])
+        encoder_params = encoder.init(generator)
+        return ConditionalParams(encoder_params, params._replace(embeddings=tables)), batch_stats
+
+    def codes(params: ConditionalParams, conditions: Tensor) -> Float[Tensor, "n code"]:
+        found = encoder.apply(params.encoder, conditions)
+        if found.shape != (len(conditions), encoder.code_dim):
+            raise ValueError(
+                f"encoder: for {len(conditions)} conditions of shape {tuple(conditions.shape[1:])} got codes of shape "
+                f"{tuple(found.shape)}, expected {(len(conditions), encoder.code_dim)}; set code_dim to what the "
+                "encoder puts out, and let it keep the first dimension"
+            )
+        return F.normalize(found, dim=1)
+
+    def mix(params: ConditionalParams, code: Float[Tensor, "code"]) -> Params:
+        tables = params.model.embeddings
+        mixed = {key: torch.einsum("k,kuz->uz", code.to(table.dtype), table) for key, table in tables.items()}
+        return params.model._replace(embeddings=mixed)
+
+    def at(params: ConditionalParams, condition: Tensor) -> Params:
+        return mix(params, codes(params, condition.unsqueeze(0))[0])
+
+    def kernels(params: ConditionalParams, condition: Tensor) -> dict[str, Tensor]:
+        return model.kernels(at(params, condition))
+
+    def weights(params: ConditionalParams, condition: Tensor) -> dict[str, Tensor]:
+        return model.weights(at(params, condition))
+
+    def apply(
+        params: ConditionalParams, batch_stats: BatchStats, condition: Tensor, /, *args: Any, train: bool, **kwargs: Any
+    ) -> tuple[Any, BatchStats]:
+        return model.apply(at(params, condition), batch_stats, *args, train=train, **kwargs)
+
+    def apply_each(
+        params: ConditionalParams,
+        batch_stats: BatchStats,
+        conditions: Tensor,
+        /,
+        *args: Any,
+        train: bool,
+        seed: Seed | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, BatchStats]:
+        _check_one_a_sample(conditions, args)
+        # Each sample goes in as a batch of one, because a module may not know how to do without a batch.
+        singles = tree.map(lambda leaf: leaf.unsqueeze(1), args)
+
+        def one(code: Tensor, index: Tensor, sample: tuple[Any, ...]) -> tuple[Any, BatchStats]:
+            own_seed = None if seed is None else fold_in(seed, index)
+            # Mapped kernels in channels_last order, over batches of one, get wrong gradients from torch 2.15 on the CPU
+            # in float64, without a word.
+            weights = tree.map(torch.Tensor.contiguous, model.weights(mix(params, code)))
+            return model.forward(weights, batch_stats, *sample, train=train, seed=own_seed, **kwargs)
+
+        with _BatchNormOverSamples(len(conditions)):
+            index = torch.arange(len(conditions), device=conditions.device)
+            outputs, new_stats = torch.vmap(one, randomness="different")(codes(params, conditions), index, singles)
+        # The statistics are those of the whole batch, and so the same from every sample.
+        return tree.map(lambda leaf: leaf.flatten(0, 1), outputs), tree.map(lambda leaf: leaf[0].clone(), new_stats)
+
+    return Conditional(init, apply, apply_each, at, kernels, weights, model, encoder)
+
+
+def table(count: int) -> Encoder:
+    """For tasks by number, from 0 to `count` - 1: the code is one-hot, so that each task has embeddings of its own.
+
+    A condition is an integer tensor of shape (); a batch of them has the shape (n,).
+
+    Raises:
+        ValueError: `count` is not positive.
+    """
+    if count < 1:
+        raise ValueError(f"count: got {count}, expected at least 1 task")
+
+    def apply(_params: Any, conditions: Int[Tensor, "n"]) -> Float[Tensor, "n count"]:
+        if conditions.dim() != 1 or conditions.is_floating_point() or conditions.is_complex():
+            raise ValueError(
+                f"condition: got {tree.describe(conditions[0])}, expected the number of a task, an integer tensor of "
+                "shape () for one condition and (n,) for a batch"
+            )
+        if tree.is_readable(conditions) and not bool(((conditions >= 0) & (conditions < count)).all()):
+            raise ValueError(f"condition: got task {conditions.tolist()}, expected 0 to {count - 1}")
+        return torch.eye(count, device=conditions.device)[conditions]
+
+    return Encoder(lambda _generator: {}, apply, count)
+
+
+def bounded(low: Sequence[float], high: Sequence[float]) -> Encoder:
+    """For vectors within bounds: the code is `encode_bounded` of the vector, two numbers an entry, without parameters.
+
+    A condition is a tensor of shape (len(low),).
+
+    Raises:
+        ValueError: The bounds are of different lengths or empty, or a lower one is not below its upper one.
+    """
+    if len(low) != len(high) or not len(low):
+        raise ValueError(f"low, high: got {len(low)} and {len(high)} bounds, expected one of each for every entry")
+    for lower, upper in zip(low, high, strict=True):
+        _check_bounds(lower, upper)
+    lows, spans = tuple(low), tuple(upper - lower for lower, upper in zip(low, high, strict=True))
+
+    def apply(_params: Any, conditions: Float[Tensor, "n entries"]) -> Float[Tensor, "n code"]:
+        if conditions.dim() != 2 or conditions.shape[1] != len(lows):
+            raise ValueError(
+                f"condition: got the shape {tuple(conditions.shape[1:])}, expected ({len(lows)},), an entry for each "
+                "pair of bounds"
+            )
+        return encode_bounded((conditions - conditions.new_tensor(lows)) / conditions.new_tensor(spans))
+
+    return Encoder(lambda _generator: {}, apply, 2 * len(lows))
+
+
+def from_module(module: nn.Module, code_dim: int) -> Encoder:
+    """An encoder of the user's own: any module that turns a batch of conditions into codes of shape (batch, code_dim).
+
+    The module is copied, and its parameters start from the values that they have in it. It runs in evaluation mode: a
+    pure function has no place for what a dropout in an encoder would draw.
+
+    Args:
+        module: Takes conditions stacked along the first dimension. Bounded conditions train best through
+            `encode_bounded` in front of it.
+        code_dim: Length of what it puts out.
+
+    Raises:
+        ValueError: The module normalises over the batch, which would make a code depend on other conditions.
+    """
+    for path, layer in module.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"module: {path or 'it'} is a {type(layer).__name__}, which makes a code depend on the other "
+                "conditions of the batch; use LayerNorm or GroupNorm in an encoder"
+            )
+    values = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    skeleton = copy.deepcopy(module).eval()
+
+    def init(generator: Generator) -> dict[str, Tensor]:
+        return tree.map(lambda leaf: leaf.to(generator.device, copy=True), values)
+
+    def apply(params: Mapping[str, Tensor], conditions: Tensor) -> Tensor:
+        constants = {name: buffer.to(conditions.device) for name, buffer in buffers.items()}
+        return functional_call(skeleton, {**params, **constants}, (conditions,), strict=True)
+
+    return Encoder(init, apply, code_dim)
+
+
+def encode_bounded(
+    values: Float[Tensor, "*batch n"], low: float = 0.0, high: float = 1.0
+) -> Float[Tensor, "*batch two_n"]:
+    """Bounded numbers as vectors of length 1, whatever the numbers.
+
+    With t = (value - low) / (high - low) the code is (cos(pi t_1 / 2), ..., cos(pi t_n / 2), sin(pi t_1 / 2), ...,
+    sin(pi t_n / 2)) / sqrt(n): the encoding of Ortiz, Guttag and Dalca (2023, arXiv 2304.07645), whose norm is sqrt(n),
+    divided by it. A plain number as input would scale whatever is linear in it.
+
+    Args:
+        values: From `low` to `high`; others are still at length 1, but folded onto the same circle.
+        low: The least value.
+        high: The greatest value.
+
+    Raises:
+        ValueError: `low` is not below `high`, or the last dimension is empty.
+    """
+    _check_bounds(low, high)
+    if not values.dim() or not values.shape[-1]:
+        raise ValueError(
+            f"values: got the shape {tuple(values.shape)}, expected a last dimension of at least one entry"
+        )
+    angle = (values - low) * (torch.pi / 2 / (high - low))
+    return torch.cat([angle.cos(), angle.sin()], dim=-1) / values.shape[-1] ** 0.5
+
+
+class _BatchNormOverSamples(TorchFunctionMode):
+    """Makes a batch norm that stands under `torch.vmap` over samples take its statistics over all of them.
+
+    Without it every sample would be normalised by itself, or refused for being one. The mode stands around the call
+    and not in the module, so that the primary network stays the user's own.
+    """
+
+    def __init__(self, samples: int) -> None:
+        super().__init__()
+        self.samples = samples
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.batch_norm:
+            return _batch_norm(self.samples, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    samples: int,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm`, with the statistics over the mapped dimension too where it is training."""
+    if not training:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    count = samples * input.numel() // input.shape[1]
+    if count < 2:
+        raise ValueError(
+            f"conditions: got {samples}, with one value a channel in a batch norm; expected more, or train=False"
+        )
+    dims = [dim for dim in range(input.dim()) if dim != 1]
+    shape = [-1 if dim == 1 else 1 for dim in range(input.dim())]
+    mean = _mean_over_samples(input.mean(dims))
+    centered = input - mean.view(shape)
+    variance = _mean_over_samples(centered.square().mean(dims))
+    for running, new in ((running_mean, mean), (running_var, variance * (count / (count - 1)))):
+        if running is not None:
+            running.copy_((1 - momentum) * running + momentum * new.detach().to(running.dtype))
+    scale = torch.rsqrt(variance + eps)
+    if weight is not None:
+        scale = scale * weight
+    normalized = centered * scale.view(shape)
+    return normalized if bias is None else normalized + bias.view(shape)
+
+
+# An operator and not an autograd.Function, whose rule for vmap torch.compile does not follow.
+@torch.library.custom_op("hyperfunc::mean_over_samples", mutates_args=(), schema="(Tensor x) -> Tensor")
+def _mean_over_samples(x: Tensor) -> Tensor:
+    """The mean over the dimension that `torch.vmap` hides, which only the operator's rule for vmap can see."""
+    return x.clone()
+
+
+def _mean_over_samples_rule(_info: Any, in_dims: tuple[int | None], x: Tensor) -> tuple[Tensor, None]:
+    return (x if in_dims[0] is None else x.mean(in_dims[0])), None
+
+
+_mean_over_samples.register_fake(torch.empty_like)
+_mean_over_samples.register_vmap(_mean_over_samples_rule)
+_mean_over_samples.register_autograd(lambda _ctx, grad: grad)
+
+
+def _draw_alike(generator: Generator, p: HyperNetParams, z: Float[Tensor, "units z"]) -> Float[Tensor, "units z"]:
+    """Other embeddings, whose kernels have the root mean square of those that z gives, biases left out."""
+    linear = p._replace(b_in=torch.zeros_like(p.b_in), b_out=torch.zeros_like(p.b_out))
+    rms = generate_kernels(linear, z).flatten(1).square().mean(1).sqrt()
+    default = torch.get_default_dtype()  # in which init_embeddings draws
+    return init_embeddings(generator, tree.to(linear, default), rms.to(default)).to(z.dtype)
+
+
+def _check_bounds(low: float, high: float) -> None:
+    if not low < high:
+        raise ValueError(f"low, high: got {low} and {high}, expected the first to be less than the second")
+
+
+def _check_one_a_sample(conditions: Tensor, args: tuple[Any, ...]) -> None:
+    if not conditions.dim():
+        raise ValueError(
+            "conditions: got a single number, expected one condition a sample, stacked along the first dimension; "
+            "for one condition for all samples use apply"
+        )
+    for leaf in tree.leaves(args):
+        if not leaf.dim() or len(leaf) != len(conditions):
+            raise ValueError(
+                f"conditions: got {len(conditions)} for an input of shape {tuple(leaf.shape)}, expected one for each "
+                "sample; for one condition for all samples use apply"
+            )

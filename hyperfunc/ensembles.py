@@ -1,0 +1,117 @@
+"""Several hypernetworks at once: one model, and parameters with a first dimension over its members.
+
+Whatever is a pure function of one member's state is one of all members' under `torch.vmap`, the training step too.
+"""
+
+# torch.compile cannot trace the evaluation of an annotation, and functions are defined inside of what it traces.
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from hyperfunc import tree
+from hyperfunc.model import BatchStats, Forward, Model, Params
+from hyperfunc.optim import Optimizer
+from hyperfunc.training import Step, TrainState
+
+
+class Ensemble(NamedTuple):
+    """Models of one shape, as pure functions of their stacked parameters and statistics.
+
+    Attributes:
+        init: `init(generator) -> (params, batch_stats)`, drawn a member after the other: the first member is what
+            `model.init` would draw, and more members change nothing in those before. What `hyperize` takes from its
+            module starts the same in all of them.
+        apply: `apply(params, batch_stats, *args, train, **kwargs) -> (outputs, new batch_stats)`: all members on the
+            same input; the outputs have the members as first dimension.
+        apply_each: The same, with an input for each member: `args` have the members as first dimension too.
+        predict: `predict(params, batch_stats, *args, **kwargs) -> (n, classes)`: the mean over the members of their
+            softmax probabilities, in evaluation.
+        member: `member(stacked, index)`: one member's part of a stacked pytree, be it parameters, statistics or a
+            training state: for `materialize`, `save` and all else that takes a single model's.
+        model: The model that all members are of.
+        size: The number of members.
+    """
+
+    init: Callable[[Generator], tuple[Params, BatchStats]]
+    apply: Forward
+    apply_each: Forward
+    predict: Callable[..., Float[Tensor, "n classes"]]
+    member: Callable[[Any, int], Any]
+    model: Model
+    size: int
+
+
+def ensemble(model: Model, n: int) -> Ensemble:
+    """`n` networks of one model, computed at once.
+
+    Train it with `init_state` and `map_step`:
+
+        state = ensembles.init_state(members, optimizer, generator)
+        step = ensembles.map_step(training.make_train_step(model, optimizer))
+        state, metrics = step(state, batch)
+
+    Args:
+        model: What each member is.
+        n: The number of members.
+
+    Raises:
+        ValueError: `n` is not positive. `member` raises one for an index that there is not.
+    """
+    if n < 1:
+        raise ValueError(f"n: got {n}, expected at least 1 member")
+
+    def init(generator: Generator) -> tuple[Params, BatchStats]:
+        return _stack([model.init(generator) for _ in range(n)])
+
+    def apply(params: Params, batch_stats: BatchStats, /, *args: Any, train: bool, **kwargs: Any) -> Any:
+        def one(params: Params, batch_stats: BatchStats) -> Any:
+            return model.apply(params, batch_stats, *args, train=train, **kwargs)
+
+        return torch.vmap(one, randomness="different")(params, batch_stats)
+
+    def apply_each(params: Params, batch_stats: BatchStats, /, *args: Any, train: bool, **kwargs: Any) -> Any:
+        def one(params: Params, batch_stats: BatchStats, args: tuple[Any, ...]) -> Any:
+            return model.apply(params, batch_stats, *args, train=train, **kwargs)
+
+        return torch.vmap(one, randomness="different")(params, batch_stats, args)
+
+    def predict(params: Params, batch_stats: BatchStats, *args: Any, **kwargs: Any) -> Float[Tensor, "n classes"]:
+        logits, _ = apply(params, batch_stats, *args, train=False, **kwargs)
+        return logits.softmax(dim=-1).mean(dim=0)
+
+    def member(stacked: Any, index: int) -> Any:
+        if not 0 <= index < n:
+            raise ValueError(f"index: got {index}, expected a member from 0 to {n - 1}")
+        return tree.map(lambda leaf: leaf[index].clone(), stacked)
+
+    return Ensemble(init, apply, apply_each, predict, member, model, n)
+
+
+def init_state(members: Ensemble, optimizer: Optimizer, generator: Generator) -> TrainState:
+    """A fresh training state of all members: every leaf has the members as first dimension, the step too."""
+    params, batch_stats = members.init(generator)
+    step = torch.zeros(members.size, dtype=torch.int64, device=generator.device)
+    return TrainState(step, params, batch_stats, torch.vmap(optimizer.init)(params))
+
+
+def map_step(step: Step) -> Step:
+    """A training step of all members on the same batch, from a step of one; metrics come a member.
+
+    Each member's step is what it would be alone, apart from rounding; its dropout too, which a step draws from its own
+    number, and so alike in all members.
+    """
+    return torch.vmap(step, in_dims=(0, None), randomness="different")
+
+
+def map_step_each(step: Step) -> Step:
+    """`map_step` with a batch for each member: every leaf of the batch has the members as first dimension."""
+    return torch.vmap(step, randomness="different")
+
+
+def _stack(members: list[Any]) -> Any:
+    return tree.map(lambda *leaves: torch.stack(leaves), *members)

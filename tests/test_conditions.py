@@ -1,0 +1,289 @@
+import math
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from helpers import unchecked
+from torch import Generator, Tensor, nn
+from torch.func import grad
+from torch.nn import functional as F
+
+import hyperfunc as hf
+from hyperfunc import conditions, tree
+from hyperfunc.conditions import Conditional, ConditionalParams
+
+
+def in_float64(model: Conditional, generator: Generator) -> tuple[ConditionalParams, hf.BatchStats]:
+    """Parameters and statistics in float64, all of them drawn, so that no zero hides a mistake."""
+
+    def perturb(leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point():
+            return leaf
+        return leaf.double() + 0.1 * torch.randn(leaf.shape, generator=generator, dtype=torch.float64).abs()
+
+    return tree.map(perturb, model.init(generator))
+
+
+def batch(generator: Generator, count: int = 5) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64)
+
+
+def an_encoder() -> hf.Encoder:
+    return conditions.from_module(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3)).double(), code_dim=3)
+
+
+def image_encoder() -> hf.Encoder:
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    return conditions.from_module(layers.double(), code_dim=2)
+
+
+def a_vector(generator: Generator) -> Tensor:
+    return torch.rand(5, 2, generator=generator, dtype=torch.float64)
+
+
+CASES: dict[str, tuple[hf.Encoder, Any]] = {
+    "task": (conditions.table(3), lambda _generator: torch.tensor([0, 2, 1, 1, 0])),
+    "vector": (conditions.bounded([0, -1], [1, 2]), a_vector),
+    "module": (an_encoder(), a_vector),
+    "input": (image_encoder(), batch),
+    "function": (hf.Encoder(lambda _g: {"w": torch.ones(2)}, lambda p, c: (c * p["w"]).tanh(), 2), a_vector),
+}
+
+
+def weights_by_hand(model: Conditional, params: ConditionalParams, conditions: Tensor, index: int) -> dict[str, Tensor]:
+    """The weights of one condition, from the definition: the code at length 1 mixes tables of embeddings."""
+    code = model.encoder.apply(params.encoder, conditions)[index]
+    code = code / code.norm()
+    mixed = sum(number * table for number, table in zip(code, params.model.embeddings["3x3"], strict=True))
+    return params.model.primary | oracle.resnet_kernels(params.model._replace(embeddings={"3x3": mixed}), 10, 1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_call_serves_a_batch_of_conditions_as_a_loop_over_samples_does(case: str, generator: Generator) -> None:
+    encoder, draw = CASES[case]
+    model = hf.conditional(hf.hyper_resnet(10, z_dim=4), encoder)
+    params, batch_stats = in_float64(model, generator)
+    given, images = draw(generator), batch(generator)
+    together, stats = model.apply_each(params, batch_stats, given, images, train=False)
+    kernels = torch.vmap(model.kernels, in_dims=(None, 0))(params, given)
+    for index, image in enumerate(images):
+        weights = weights_by_hand(model, params, given, index)
+        for name in model.model.tiling.names:
+            torch.testing.assert_close(kernels[name][index], weights[name], rtol=oracle.EXACT, atol=oracle.EXACT)
+        logits = oracle.resnet_logits(weights, image[None], 10, batch_stats)[0]
+        torch.testing.assert_close(together[index], logits, rtol=oracle.EXACT, atol=oracle.EXACT)
+        alone, _ = model.apply(params, batch_stats, given[index], image[None], train=False)
+        torch.testing.assert_close(alone[0], logits, rtol=oracle.EXACT, atol=oracle.EXACT)
+    for name, value in stats.items():
+        assert torch.equal(value, batch_stats[name]), name
+
+
+def test_the_gradient_of_one_call_is_that_of_the_loop(generator: Generator) -> None:
+    model = hf.conditional(hf.hyper_resnet(10, z_dim=4), an_encoder())
+    params, batch_stats = in_float64(model, generator)
+    given, images = a_vector(generator), batch(generator)
+
+    def together(params: ConditionalParams) -> Tensor:
+        return model.apply_each(params, batch_stats, given, images, train=False)[0].square().sum()
+
+    def looped(params: ConditionalParams) -> Tensor:
+        each = [
+            model.apply(params, batch_stats, c, x[None], train=False)[0] for c, x in zip(given, images, strict=True)
+        ]
+        return torch.cat(each).square().sum()
+
+    ours, theirs = tree.named_leaves(grad(together)(params)), tree.named_leaves(grad(looped)(params))
+    assert any(path.startswith("encoder/") for path in ours)
+    for path, leaf in ours.items():
+        torch.testing.assert_close(leaf, theirs[path], rtol=1e-9, atol=1e-9, msg=path)
+
+
+def test_batch_norm_in_training_takes_its_statistics_over_all_samples(generator: Generator) -> None:
+    """By hand, for a network of two layers: each sample through its own kernel, then one normalisation of them all."""
+    layers = [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, momentum=0.3), nn.Flatten(), nn.Linear(144, 2)]
+    module = nn.Sequential(*layers).double()
+    model = hf.conditional(hf.hyperize(module, targets=["0.weight"], unit=(4, 4), z_dim=4), conditions.table(3))
+    params, batch_stats = in_float64(model, generator)
+    tasks, images = torch.tensor([0, 2, 1, 1, 0]), batch(generator)
+    norm = nn.BatchNorm2d(4, momentum=0.3, affine=False).double()
+    norm.load_state_dict({name.removeprefix("1."): value for name, value in batch_stats.items()})
+
+    def by_hand(params: ConditionalParams) -> Tensor:
+        kernels = [model.kernels(params, task)["0.weight"] for task in tasks]
+        hidden = torch.cat([F.conv2d(x[None], k) for x, k in zip(images, kernels, strict=True)])
+        primary = params.model.primary
+        mean, variance = hidden.mean((0, 2, 3), keepdim=True), hidden.var((0, 2, 3), keepdim=True, correction=0)
+        hidden = (hidden - mean) / (variance + norm.eps).sqrt()
+        hidden = hidden * primary["1.weight"].view(-1, 1, 1) + primary["1.bias"].view(-1, 1, 1)
+        return F.linear(hidden.flatten(1), primary["3.weight"], primary["3.bias"])
+
+    outputs, moved = model.apply_each(params, batch_stats, tasks, images, train=True)
+    torch.testing.assert_close(outputs, by_hand(params), rtol=oracle.EXACT, atol=oracle.EXACT)
+    kernels = [model.kernels(params, task)["0.weight"] for task in tasks]
+    norm(torch.cat([F.conv2d(x[None], k) for x, k in zip(images, kernels, strict=True)]))
+    for name, value in norm.state_dict().items():
+        torch.testing.assert_close(moved[f"1.{name}"], value, rtol=oracle.EXACT, atol=oracle.EXACT, check_dtype=False)
+
+    ours = grad(lambda p: model.apply_each(p, batch_stats, tasks, images, train=True)[0].pow(3).sum())(params)
+    theirs = grad(lambda p: by_hand(p).pow(3).sum())(params)
+    for path, leaf in tree.named_leaves(ours).items():
+        torch.testing.assert_close(leaf, tree.named_leaves(theirs)[path], rtol=1e-8, atol=1e-8, msg=path)
+
+
+def test_equal_conditions_train_as_one_condition(generator: Generator) -> None:
+    model = hf.conditional(hf.hyper_resnet(10, z_dim=4), conditions.bounded([0], [1]))
+    params, batch_stats = in_float64(model, generator)
+    images = batch(generator)
+    same = torch.full((5, 1), 0.3, dtype=torch.float64)
+    ours = model.apply_each(params, batch_stats, same, images, train=True)
+    theirs = model.apply(params, batch_stats, same[0], images, train=True)
+    for leaf, other in zip(tree.leaves(ours), tree.leaves(theirs), strict=True):
+        torch.testing.assert_close(leaf, other, rtol=oracle.EXACT, atol=oracle.EXACT)
+    with pytest.raises(ValueError, match="conditions: got 1, with one value a channel in a batch norm"):
+        model.apply_each(params, batch_stats, same[:1], images[:1, :, :1, :1].contiguous(), train=True)
+
+
+@pytest.mark.traced
+@pytest.mark.parametrize("train", [True, False])
+def test_one_call_compiles_as_one_graph(train: bool, generator: Generator) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
+    model = hf.conditional(hf.hyperize(module, targets=["0.weight"], unit=(4, 4), z_dim=4), conditions.table(3))
+    params, batch_stats = in_float64(model, generator)
+    tasks, images = torch.tensor([0, 2, 1, 1, 0]), batch(generator)
+
+    def gradient(params: ConditionalParams, images: Tensor) -> ConditionalParams:
+        return grad(lambda p: model.apply_each(p, batch_stats, tasks, images, train=train)[0].square().sum())(params)
+
+    ours = torch.compile(gradient, fullgraph=True, backend="aot_eager")(params, images)
+    for leaf, other in zip(tree.leaves(ours), tree.leaves(gradient(params, images)), strict=True):
+        torch.testing.assert_close(leaf, other, rtol=oracle.EXACT, atol=oracle.EXACT)
+
+
+def test_dropout_draws_for_each_sample(generator: Generator) -> None:
+    module = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5))
+    model = hf.conditional(hf.hyperize(module, targets=["0.weight"], z_dim=4), conditions.table(2))
+    params, batch_stats = model.init(generator)
+    x = torch.randn(1, 16, generator=generator).expand(8, -1)
+    tasks = torch.zeros(8, dtype=torch.int64)
+    first, again, other = (
+        model.apply_each(params, batch_stats, tasks, x, train=True, seed=seed)[0] for seed in (1, 1, 2)
+    )
+    assert len({tuple((row == 0).tolist()) for row in first}) == 8
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_kernel_starts_at_its_layers_scale_whatever_the_condition(case: str, generator: Generator) -> None:
+    encoder, draw = CASES[case]
+    model = hf.conditional(hf.hyper_resnet(22, 2), encoder)
+    params, _ = model.init(generator)
+    params = tree.to(params, torch.float64)
+    for condition in draw(generator)[:3]:
+        for name, kernel in model.kernels(params, condition).items():
+            # Two draws of embeddings are orthogonal on the average only; of 4 units it is within an eighth or so.
+            assert kernel.std().item() == pytest.approx(math.sqrt(2 / math.prod(kernel.shape[1:])), rel=0.13), name
+
+
+def kernel_norm(kernels: dict[str, Tensor]) -> float:
+    return torch.cat([kernel.flatten() for kernel in kernels.values()]).norm().item()
+
+
+def test_the_magnitude_of_a_condition_does_not_scale_the_weights(generator: Generator) -> None:
+    base = hf.hyper_resnet(16)
+    encoded = hf.conditional(base, conditions.bounded([0], [1]))
+    by_module = hf.conditional(base, conditions.from_module(nn.Linear(1, 4, bias=False), 4))
+    params, _ = base.init(generator)
+    encoded_params, _ = encoded.init(generator)
+    module_params, _ = by_module.init(generator)
+    naive, ours, module = [], [], []
+    for value in torch.tensor([[0.01], [0.1], [1.0]]):
+        # What is usual: the number itself goes into what is linear in it.
+        scaled = {key: value * z for key, z in params.embeddings.items()}
+        naive.append(kernel_norm(base.kernels(params._replace(embeddings=scaled))))
+        ours.append(kernel_norm(encoded.kernels(encoded_params, value)))
+        module.append(kernel_norm(by_module.kernels(module_params, 100 * value)))
+    assert max(naive) / min(naive) == pytest.approx(100, rel=1e-3)
+    assert max(ours) / min(ours) < 1.03
+    assert max(module) / min(module) == pytest.approx(1, rel=1e-4)
+
+
+def test_bounded_numbers_are_encoded_at_length_one(generator: Generator) -> None:
+    values = 7 * torch.rand(50, 3, generator=generator, dtype=torch.float64) - 2
+    code = hf.encode_bounded(values, -2, 5)
+    torch.testing.assert_close(code.norm(dim=1), torch.ones(50, dtype=torch.float64))
+    ends = hf.encode_bounded(torch.tensor([[-2.0], [5.0]]), -2, 5)
+    torch.testing.assert_close(ends, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    again = torch.atan2(code[:, 3:], code[:, :3]) * 2 / math.pi * 7 - 2
+    torch.testing.assert_close(again, values)
+
+
+def test_a_task_has_embeddings_of_its_own(generator: Generator) -> None:
+    model = hf.conditional(hf.hyper_resnet(10, z_dim=4), conditions.table(3))
+    params, _ = model.init(generator)
+    gradient = grad(lambda p: model.kernels(p, torch.tensor(1))["blocks.0.conv1.weight"].square().sum())(params)
+    norms = gradient.model.embeddings["3x3"].flatten(1).norm(dim=1)
+    assert norms[1] > 0
+    assert norms[[0, 2]].eq(0).all()
+
+
+def test_one_condition_is_a_model_by_itself(generator: Generator) -> None:
+    model = hf.conditional(hf.hyper_resnet(10, z_dim=4), conditions.table(3))
+    params, batch_stats = in_float64(model, generator)
+    images, task = batch(generator), torch.tensor(2)
+    network = hf.materialize(model.model, model.at(params, task), batch_stats).eval()
+    logits, _ = model.apply(params, batch_stats, task, images, train=False)
+    torch.testing.assert_close(network(images), logits, rtol=oracle.EXACT, atol=oracle.EXACT)
+
+
+def test_init_is_a_function_of_the_generator_alone() -> None:
+    model = hf.conditional(hf.hyper_resnet(10, z_dim=4), an_encoder())
+    first, second = (tree.named_leaves(model.init(Generator().manual_seed(5))) for _ in range(2))
+    assert all(torch.equal(leaf, second[path]) for path, leaf in first.items())
+    tables = first["0/model/embeddings/3x3"]
+    assert not torch.equal(tables[0], tables[1])
+
+
+def test_wrong_conditions(generator: Generator) -> None:
+    base = hf.hyper_resnet(10, z_dim=4)
+    images = torch.randn(4, 3, 8, 8, generator=generator)
+
+    def calling(encoder: hf.Encoder, given: Tensor) -> None:
+        model = hf.conditional(base, encoder)
+        model.apply_each(*model.init(generator), given, images, train=False)
+
+    with pytest.raises(ValueError, match=r"got task \[0, 1, 2, 3\], expected 0 to 2"):
+        calling(conditions.table(3), torch.arange(4))
+    tasks = conditions.table(3)
+    with pytest.raises(ValueError, match=r"got float32\[2\], expected the number of a task"):
+        calling(tasks._replace(apply=unchecked(tasks.apply)), torch.rand(4, 2))
+    with pytest.raises(ValueError, match=r"condition: got the shape \(3,\), expected \(2,\)"):
+        calling(conditions.bounded([0, 0], [1, 1]), torch.rand(4, 3))
+    with pytest.raises(ValueError, match=r"got codes of shape \(4, 3\), expected \(4, 5\); set code_dim"):
+        calling(conditions.from_module(nn.Linear(2, 3), code_dim=5), torch.rand(4, 2))
+    with pytest.raises(
+        ValueError, match=r"conditions: got 3 for an input of shape \(4, 3, 8, 8\), expected one for each"
+    ):
+        calling(conditions.table(3), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="conditions: got a single number"):
+        calling(conditions.table(3), torch.tensor(0))
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="model: it generates none of its weights"):
+        hf.conditional(hf.resnet(10), conditions.table(2))
+    with pytest.raises(ValueError, match="code_dim 0, expected at least 1"):
+        hf.conditional(hf.hyper_resnet(10), conditions.from_module(nn.Linear(2, 2), 0))
+    with pytest.raises(ValueError, match="count: got 0"):
+        conditions.table(0)
+    with pytest.raises(ValueError, match="got 1 and 2 bounds"):
+        conditions.bounded([0], [1, 2])
+    with pytest.raises(ValueError, match="low, high: got 1 and 1"):
+        conditions.bounded([1], [1])
+    with pytest.raises(ValueError, match="low, high: got 2 and 1"):
+        hf.encode_bounded(torch.rand(2), 2, 1)
+    with pytest.raises(ValueError, match=r"values: got the shape \(\)"):
+        unchecked(hf.encode_bounded)(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="module: 1 is a BatchNorm1d"):
+        conditions.from_module(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), 2)

@@ -1,0 +1,165 @@
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from helpers import assert_trees_equal
+from torch import Generator, Tensor, nn
+
+import hyperfunc as hf
+from hyperfunc import data, ensembles, optim, training, tree
+from hyperfunc.training import TrainState
+
+SIZE = 3
+STEPS = 4
+
+ADAM = optim.adam(optim.piecewise([0.01, 0.001], [2]), weight_decay=0.01, eps=1e-3)
+"""With an eps that rounding cannot reach: the bias before a batch norm has no other gradient."""
+
+
+def in_float64(state: TrainState) -> TrainState:
+    return tree.map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, state)
+
+
+def a_batch(generator: Generator, count: int = 6) -> tuple[Tensor, Tensor]:
+    return torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64), torch.arange(count) % 10
+
+
+def counted() -> hf.Model:
+    """Batch norms that count their batches, as torchvision's do, and a layer norm."""
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)]
+    return hf.hyperize(nn.Sequential(*layers, nn.Flatten(), nn.LayerNorm(32), nn.Linear(32, 10)), unit=(8, 8), z_dim=4)
+
+
+@pytest.mark.parametrize("own_batches", [False, True])
+@pytest.mark.parametrize(
+    ("make", "optimizer", "options"),
+    [
+        (lambda: hf.hyper_resnet(10, z_dim=4), ADAM, {}),
+        (counted, optim.sgd(optim.cosine(0.1, 10, warmup=2)), {"decay": "generated", "weight_decay": 0.01}),
+    ],
+    ids=["adam", "sgd"],
+)
+def test_each_member_equals_itself_trained_alone(
+    make: Any, optimizer: optim.Optimizer, options: dict[str, Any], own_batches: bool, generator: Generator
+) -> None:
+    model = make()
+    members = hf.ensemble(model, SIZE)
+    state = in_float64(ensembles.init_state(members, optimizer, generator))
+    step = training.make_train_step(model, optimizer, **options)
+    mapped = ensembles.map_step_each(step) if own_batches else ensembles.map_step(step)
+    alone = [members.member(state, index) for index in range(SIZE)]
+    for _ in range(STEPS):
+        batches = [a_batch(generator) for _ in range(SIZE)]
+        given = tree.map(lambda *leaves: torch.stack(leaves), *batches) if own_batches else batches[0]
+        state, metrics = mapped(state, given)
+        steps = [step(one, batches[index] if own_batches else batches[0]) for index, one in enumerate(alone)]
+        alone = [one for one, _ in steps]
+        assert metrics.loss.shape == (SIZE,)
+        torch.testing.assert_close(metrics.loss, torch.stack([one.loss for _, one in steps]), rtol=1e-9, atol=1e-9)
+    assert state.step.tolist() == [STEPS] * SIZE
+    for index, one in enumerate(alone):
+        ours = tree.named_leaves(members.member(state, index))
+        for path, leaf in tree.named_leaves(one).items():
+            torch.testing.assert_close(ours[path], leaf, rtol=1e-8, atol=1e-9, msg=path)
+    first, second = (tree.ravel(members.member(state.params, index))[0] for index in (0, 1))
+    assert not torch.allclose(first, second)
+
+
+@pytest.mark.traced
+def test_a_step_of_all_members_compiles_as_one_graph(generator: Generator) -> None:
+    model = counted()
+    state = in_float64(ensembles.init_state(hf.ensemble(model, SIZE), ADAM, generator))
+    step, given = ensembles.map_step(training.make_train_step(model, ADAM)), a_batch(generator)
+    ours = torch.compile(step, fullgraph=True, backend="aot_eager")(state, given)
+    for leaf, other in zip(tree.leaves(ours), tree.leaves(step(state, given)), strict=True):
+        torch.testing.assert_close(leaf, other, rtol=oracle.EXACT, atol=oracle.EXACT)
+
+
+def test_members_start_as_the_model_does_and_do_not_depend_on_their_number() -> None:
+    model = hf.hyper_resnet(10, z_dim=4)
+    few, many = (hf.ensemble(model, n) for n in (2, 4))
+    of_few, of_many = (members.init(Generator().manual_seed(3)) for members in (few, many))
+    alone = model.init(Generator().manual_seed(3))
+    assert_trees_equal(tree.named_leaves(few.member(of_few, 0)), tree.named_leaves(alone))
+    for index in range(2):
+        ours, theirs = few.member(of_few, index), many.member(of_many, index)
+        assert_trees_equal(tree.named_leaves(ours), tree.named_leaves(theirs))
+
+
+def test_apply_and_predict_are_loops_over_members(generator: Generator) -> None:
+    model = hf.hyper_resnet(10, z_dim=4)
+    members = hf.ensemble(model, SIZE)
+    params, batch_stats = tree.to(members.init(generator), torch.float64)
+    images, _ = a_batch(generator)
+    own = torch.stack([images + index for index in range(SIZE)])
+    for train in (True, False):
+        same, same_stats = members.apply(params, batch_stats, images, train=train)
+        each, each_stats = members.apply_each(params, batch_stats, own, train=train)
+        for index in range(SIZE):
+            one = members.member((params, batch_stats), index)
+            for ours, given in (((same, same_stats), images), ((each, each_stats), own[index])):
+                alone = tree.leaves(model.apply(*one, given, train=train))
+                for leaf, other in zip(tree.leaves(members.member(ours, index)), alone, strict=True):
+                    torch.testing.assert_close(leaf, other, rtol=oracle.EXACT, atol=oracle.EXACT)
+    predicted = members.predict(params, batch_stats, images)
+    logits = [model.apply(*members.member((params, batch_stats), i), images, train=False)[0] for i in range(SIZE)]
+    expected = sum(one.softmax(dim=1) for one in logits) / SIZE
+    torch.testing.assert_close(predicted, expected, rtol=oracle.EXACT, atol=oracle.EXACT)
+
+
+def test_members_train_on_augmented_pictures(generator: Generator) -> None:
+    pixels = torch.randint(256, (16, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    images = data.Images(pixels, torch.arange(16) % 10)
+    model = hf.hyper_resnet(10, z_dim=4)
+    members, optimizer = hf.ensemble(model, 2), optim.adam(0.002)
+    step = training.make_train_step(model, optimizer, load=data.make_train_load(images, data.measure(images)))
+    state = ensembles.init_state(members, optimizer, generator)
+    draws = [next(data.batches(data.draw_epoch(seed, 0, 16), 4)) for seed in range(2)]
+    given = tree.map(lambda *leaves: torch.stack(leaves), *draws)
+    _, metrics = ensembles.map_step_each(step)(state, given)
+    losses = [step(members.member(state, index), draw)[1].loss for index, draw in enumerate(draws)]
+    torch.testing.assert_close(metrics.loss, torch.stack(losses), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("own_batches", [False, True])
+def test_a_members_dropout_is_what_it_would_be_alone(own_batches: bool, generator: Generator) -> None:
+    module = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5)).double()
+    model, optimizer = hf.hyperize(module, targets=["0.weight"], z_dim=4), optim.sgd(0.1)
+    members = hf.ensemble(model, SIZE)
+    state = in_float64(ensembles.init_state(members, optimizer, generator))
+    step = training.make_train_step(model, optimizer, seed=3)
+    batch = (torch.randn(4, 16, generator=generator, dtype=torch.float64), torch.arange(4))
+    mapping = ensembles.map_step_each if own_batches else ensembles.map_step
+    given = tree.map(lambda leaf: torch.stack([leaf] * SIZE), batch) if own_batches else batch
+    _, metrics = mapping(step)(state, given)
+    losses = torch.stack([step(members.member(state, index), batch)[1].loss for index in range(SIZE)])
+    torch.testing.assert_close(metrics.loss, losses, rtol=oracle.EXACT, atol=oracle.EXACT)
+    outputs, _ = members.apply(state.params, state.batch_stats, batch[0], train=True, seed=1)
+    alone, _ = model.apply(*members.member((state.params, state.batch_stats), 1), batch[0], train=True, seed=1)
+    torch.testing.assert_close(outputs[1], alone, rtol=oracle.EXACT, atol=oracle.EXACT)
+
+
+def test_a_member_can_be_taken_out_and_saved(generator: Generator, tmp_path: Path) -> None:
+    model = hf.hyper_resnet(10, z_dim=4)
+    members = hf.ensemble(model, SIZE)
+    params, batch_stats = members.init(generator)
+    images = torch.randn(4, 3, 8, 8, generator=generator)
+    outputs, _ = members.apply(params, batch_stats, images, train=False)
+    mine = members.member((params, batch_stats), 1)
+    torch.testing.assert_close(hf.materialize(model, *mine).eval()(images), outputs[1], rtol=1e-4, atol=1e-5)
+    hf.save(tmp_path / "member.pth", model, *mine)
+    _, *found = hf.load(tmp_path / "member.pth")
+    assert_trees_equal(tree.named_leaves(tuple(found)), tree.named_leaves(mine))
+
+
+def test_bad_input(generator: Generator) -> None:
+    model = hf.hyper_resnet(10, z_dim=4)
+    with pytest.raises(ValueError, match="n: got 0, expected at least 1"):
+        hf.ensemble(model, 0)
+    members = hf.ensemble(model, 2)
+    params, _ = members.init(generator)
+    for index in (-1, 2):
+        with pytest.raises(ValueError, match=f"index: got {index}, expected a member from 0 to 1"):
+            members.member(params, index)
