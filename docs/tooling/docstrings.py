@@ -27,5 +27,7 @@ class Docstrings(Extension):
         for section in cls.docstring.parse("google") if cls.docstring else ():
             if isinstance(section, DocstringSectionAttributes):
                 for described in section.value:
+                    if described.name not in cls.members:
+                        raise ValueError(f"{cls.path}: its docstring describes {described.name}, which it does not have")
                     attribute = cls.members[described.name]
                     attribute.docstring = Docstring(described.description, parent=attribute)
