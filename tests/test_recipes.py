@@ -22,12 +22,31 @@ MOST_LINES = 60
 MOST_BYTES_OF_A_PICTURE = 60_000
 
 SHORTER = {
+    "torchvision_resnet": ("--steps", "8"),
+    "back_to_plain": ("--steps", "20"),
     "three_tasks": ("--steps", "120"),
     "weights_per_sample": ("--steps", "300"),
     "ensemble": ("--steps", "120"),
     "weight_decay": ("--steps", "300"),
 }
 """Arguments that make a recipe short enough for a test, if that takes away nothing of what it shows."""
+
+
+def torchvision_resnet(found: dict[str, Any]) -> None:
+    """Both learn, and the one has less than a twentieth of the other's parameters."""
+    for losses in found["losses"].values():
+        assert losses[-1] < 0.6 * losses[0], losses
+    generated, ordinary = found["counts"]
+    assert generated < ordinary / 20
+
+
+def back_to_plain(found: dict[str, Any]) -> None:
+    """The plain network starts where the hypernetwork ended, and goes on from there; what is exported is the same."""
+    assert found["materialized"] == pytest.approx(found["generated"], rel=1e-5)
+    assert found["tuned"] < 0.9 * found["materialized"]
+    assert found["loaded"] == pytest.approx(found["tuned"], rel=1e-5)
+    if "session" in found:  # where onnxruntime is installed
+        assert found["run"] == pytest.approx(found["tuned"], rel=1e-4)
 
 
 def three_tasks(found: dict[str, Any]) -> None:
@@ -62,6 +81,8 @@ def weight_decay(found: dict[str, Any]) -> None:
 
 
 CLAIMS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "torchvision_resnet": torchvision_resnet,
+    "back_to_plain": back_to_plain,
     "three_tasks": three_tasks,
     "weights_per_sample": weights_per_sample,
     "ensemble": ensemble,
