@@ -28,6 +28,6 @@ class Docstrings(Extension):
             if isinstance(section, DocstringSectionAttributes):
                 for described in section.value:
                     if described.name not in cls.members:
-                        raise ValueError(f"{cls.path}: its docstring describes {described.name}, which it lacks")
+                        raise ValueError(f"{cls.path}: its docstring describes {described.name}, which is not there")
                     attribute = cls.members[described.name]
                     attribute.docstring = Docstring(described.description, parent=attribute)
