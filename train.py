@@ -481,7 +481,7 @@ def set_up(config: Config, ranks: distributed.Ranks, device: torch.device, print
         test=tree.to(dataset.test, device),
     )
     normalization = tree.to(normalization, device)
-    optimizer = build_optimizer(config, math.ceil(count / config.batch_size), number_format)
+    optimizer = build_optimizer(config, math.ceil(count / config.batch_size), number_format, ranks.world)
     load = data.make_train_load(dataset.train, normalization)
     objective: dict[str, Any] = {
         "precision": number_format,
@@ -552,7 +552,12 @@ def start_engine(run: Run, printer: Printer) -> None:
     elif before not in ("", engine):
         printer.warn(f"the engine is {engine} and was {before} so far: the end may differ by rounding from what it was")
     full_batches = count // config.batch_size
-    together = min(config.steps_per_replay or REPLAYED_STEPS, full_batches) if "graph" in engine else 1
+    together = 1
+    if "graph" in engine:
+        # No more than lie between two things that are due.
+        every = parse_every(config.checkpoint_every)
+        between = min(config.report_every, every.number if every.unit == "batches" else config.report_every)
+        together = min(config.steps_per_replay or REPLAYED_STEPS, full_batches, between)
     draw = data.draw_epoch(config.seed, 0, count, flip=run.dataset.flip)
     batch = tree.to(next(data.batches(draw, config.batch_size)), run.device)
     pictures = next(data.batches(run.dataset.test, run.eval_batch_size))
@@ -1068,7 +1073,7 @@ def describe_model(config: Config, model: hf.Model, params: hf.Params) -> str:
     )
 
 
-def build_optimizer(config: Config, steps_per_epoch: int, number_format: Precision) -> optim.Optimizer:
+def build_optimizer(config: Config, steps_per_epoch: int, number_format: Precision, world: int) -> optim.Optimizer:
     """The optimizer with its schedule over the whole run, and for fp16 with a scale of the loss."""
     steps = config.epochs * steps_per_epoch
     if config.schedule == "multistep":
@@ -1085,7 +1090,11 @@ def build_optimizer(config: Config, steps_per_epoch: int, number_format: Precisi
         optimizer = optim.sgd(schedule, weight_decay=weight_decay)
     else:
         optimizer = optim.adam(schedule, weight_decay=weight_decay, decoupled=config.optimizer == "adamw")
-    return optim.scaled(optimizer) if number_format == "fp16" else optimizer
+    if number_format != "fp16":
+        return optimizer
+    # Ranks take the gradient of a sum over pictures: beside that of the mean, its scale begins lower by their number.
+    pictures = 1 if world == 1 else 2 ** math.ceil(math.log2(config.batch_size))
+    return optim.scaled(optimizer, first=2.0**16 / pictures)
 
 
 def start_reporting(run: Run, printer: Printer) -> Reporter:

@@ -41,11 +41,6 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def local_world() -> int:
-    """How many ranks there are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 @contextlib.contextmanager
 def errors_once() -> Iterator[None]:
     """Of what every rank of a machine writes to standard error, lets through the first rank's alone."""
@@ -186,6 +181,10 @@ def joined(
     if rank_of_environment() is None:
         yield Alone()
         return
+    if device.type == "cuda":
+        # Else NCCL's own watchdog ends the process at an error, before it is known whose error it was. What hangs is
+        # ended here, by `watch`.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     limit = timedelta(seconds=timeout)
     store, rank, world = next(rendezvous("env://", timeout=limit))
     shared = PrefixStore("hyperfunc", store)
@@ -205,7 +204,9 @@ def joined(
     except Exception as error:
         raise watch.judge(error, 2 if isinstance(error, ValueError) else 1) from error
     watch.leave()
-    dist.destroy_process_group()
+    if device.type != "cuda":
+        # NCCL would wait here for the end of every CUDA graph with an all-reduce in it, and the caller may hold some.
+        dist.destroy_process_group()
 
 
 def holds_up_exit() -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperfunc.model import BatchStats, Model, Params, make_forward
@@ -39,7 +40,9 @@ class SumOverRanks(torch.autograd.Function):
 class SyncBatchNorm(_BatchNorm):
     """A batch norm whose statistics in training are those of all ranks' pictures; a rank's own may be none.
 
-    One all-reduce forward, of two numbers a channel and the count, and one backward.
+    One all-reduce forward and one backward, of two numbers a channel and a count for every rank: each rank's mean and
+    its squares about that, put together as by Chan, Golub and LeVeque (1979). Sums of squares would take less room, and
+    drown the variance where the mean is large.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -53,33 +56,34 @@ class SyncBatchNorm(_BatchNorm):
         assert self.momentum is not None
         shape = [1, -1] + [1] * (input.dim() - 2)
         others = [axis for axis in range(input.dim()) if axis != 1]
-        count = input.numel() // input.shape[1]
-        # Relative to a mean that all ranks share and that is near theirs: squares of large means drown variances.
-        shift = self.running_mean.detach().clone()
-        shifted = input - shift.view(shape)
-        own = torch.cat([shifted.sum(others), shifted.square().sum(others), shifted.new_full((1,), count)])
-        first, second, total = SumOverRanks.apply(own).split([len(shift), len(shift), 1])
-        mean = first / total
-        variance = second / total - mean.square()
+        x = input.to(self.running_mean.dtype)  # which is wider than an input of 16 bits
+        count = x.numel() // x.shape[1]
+        own_mean = x.sum(others) / max(count, 1)
+        own_squares = (x - own_mean.view(shape)).square().sum(others)
+        own = torch.cat([own_mean, own_squares, x.new_full((1,), count)])
+        rank, world = dist.get_rank(), dist.get_world_size()
+        # A sum in which all but one rank have nothing to add: every rank then has what each of them has.
+        rows = F.pad(own.unsqueeze(0), (0, 0, rank, world - rank - 1))
+        means, squares, counts = SumOverRanks.apply(rows).split([x.shape[1], x.shape[1], 1], dim=1)
+        total = counts.sum()
+        mean = (counts * means).sum(0) / total
+        variance = (squares + counts * (means - mean).square()).sum(0) / total
         with torch.no_grad():
             # The running variance is the unbiased one, as in torch.
-            for running, value in (
-                (self.running_mean, shift + mean),
-                (self.running_var, variance * (total / (total - 1))),
-            ):
+            for running, value in ((self.running_mean, mean), (self.running_var, variance * (total / (total - 1)))):
                 running.copy_(torch.lerp(running, value.detach(), self.momentum))
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        # Of 16 bits where the input is: the statistics, and with them all that they touch, are float32.
-        return (shifted * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(input.dtype)
+        return ((x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)).to(input.dtype)
 
 
 def synchronize(model: Model) -> Model:
     """The same model with batch norms over all ranks in training; its evaluation is as it was.
 
     Raises:
-        ValueError: A batch norm of it has no parameters, no running statistics, or no momentum.
+        ValueError: A batch norm of it has no parameters, no running statistics, or no momentum, or is of a class of the
+            user's own.
     """
     forward = make_forward(convert(copy.deepcopy(model.module)))
 
@@ -102,6 +106,11 @@ def convert(module: nn.Module) -> nn.Module:
     for path, layer in list(module.named_modules()):
         if not isinstance(layer, _BatchNorm):
             continue
+        if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            raise ValueError(
+                f"module: {path} is a {type(layer).__name__}, and what it does besides normalising is not known; "
+                "--sync-bn takes torch's own batch norms alone"
+            )
         if layer.momentum is None or not layer.affine or not layer.track_running_stats:
             raise ValueError(
                 f"module: {path} has no momentum, no parameters or no running statistics, which --sync-bn needs"

@@ -224,7 +224,8 @@ class Watch:
             except RuntimeError:
                 if self._stopping.is_set():
                     return
-                time.sleep(self._grace)
+                if self._stopping.wait(self._grace):
+                    return  # the store has gone with its process, after a good end
                 self._say(self._without_store())
                 self._end(EXIT_FAILED)
 
