@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.func import grad, grad_and_value
+from torch.func import grad, vjp
 from torch.nn import functional as F
 
 from hyperfunc import data, tree
@@ -96,7 +96,7 @@ def make_train_step(
         images, labels = load(batch)
         scale = state.opt_state.scale if isinstance(state.opt_state, Scaled) else None
         function = objective(state.batch_stats, images, labels, scale, step_seed(state))
-        grads, (_, (loss, logits, batch_stats)) = grad_and_value(function, has_aux=True)(state.params)
+        grads, (loss, logits, batch_stats) = _gradient(function, state.params, (state, images))
         metrics = _metrics(loss * len(labels), logits, labels)
         if reduce is not None:
             grads, batch_stats, metrics = reduce(len(labels), grads, batch_stats, metrics)
@@ -148,7 +148,7 @@ def make_gradients(
     def gradients(state: TrainState, batch: Any) -> Params:
         images, labels = load(batch)
         function = objective(state.batch_stats, images, labels, None, step_seed(state))
-        grads, (loss, logits, batch_stats) = grad(function, has_aux=True)(state.params)
+        grads, (loss, logits, batch_stats) = _gradient(function, state.params, (state, images))
         if reduce is not None:
             grads, _, _ = reduce(len(labels), grads, batch_stats, _metrics(loss, logits, labels))
         return grads
@@ -253,6 +253,17 @@ def _make_step_seed(model: Model, seed: int) -> Callable[[TrainState], Seed | No
     """Builds the seed of each step; None for a model without dropout, which would only run slower under one."""
     is_random = bool(drawing_layers(model.module))
     return lambda state: fold_in(seed, state.step) if is_random else None
+
+
+def _gradient(function: Objective, params: Params, inputs: Any) -> tuple[Params, tuple[Tensor, Tensor, BatchStats]]:
+    """`torch.func.grad(function, has_aux=True)(params)`, which keeps all that the way forward has stored to the end,
+    because its result may be differentiated again. Where nobody does, by any of `inputs`, it is freed on the way back."""
+    if torch.compiler.is_compiling() or tree.is_differentiated(inputs):
+        return grad(function, has_aux=True)(params)
+    answer: Any = vjp(function, params, has_aux=True)
+    total, pull_back, aux = answer
+    (gradients,) = pull_back(torch.ones_like(total), retain_graph=False, create_graph=False)
+    return gradients, aux
 
 
 def _loss_dtype(logits: Tensor, precision: Precision) -> Tensor:

@@ -123,6 +123,17 @@ def is_readable(leaf: Tensor) -> bool:
     return leaf.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_functorch_wrapped(leaf)
 
 
+def is_differentiated(tree: Any) -> bool:
+    """Whether somebody outside may ask for a derivative through these leaves: by autograd, or by `torch.func.grad`,
+    `jvp` and the like around the caller. `torch.vmap` by itself is none of these."""
+    if any(leaf.requires_grad for leaf in leaves(tree)):
+        return True
+    # From the innermost transform outwards.
+    stack = torch._C._functorch.get_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
+    vmap = torch._C._functorch.TransformType.Vmap  # pyright: ignore[reportAttributeAccessIssue]
+    return any(interpreter.key() != vmap for interpreter in stack or [])
+
+
 def _is_functorch_wrapped(leaf: Tensor) -> bool:
     return _functorch.is_functorch_wrapped_tensor(leaf)
 

@@ -139,6 +139,31 @@ def test_a_scan_is_the_steps_in_turn(generator: Generator) -> None:
     assert metrics.total.tolist() == [4, 4, 2]
 
 
+@pytest.mark.parametrize("outside", ["func", "autograd", "vmap"])
+def test_a_step_can_be_differentiated(generator: Generator, outside: str) -> None:
+    """The parameters after two steps by the learning rate's logarithm, against a difference quotient."""
+    model = hf.hyper_resnet(10)
+    batch = a_batch(generator)
+    state = a_state(model, optim.sgd(0.0, momentum=0.0))
+
+    def size_after(log_rate: Tensor) -> Tensor:
+        optimizer = optim.sgd(lambda _: log_rate.exp(), momentum=0.0)
+        step = training.make_train_step(model, optimizer)
+        # The second gradient depends on the rate of the first step.
+        return tree.ravel(step(step(state, batch)[0], batch)[0].params)[0].square().sum()
+
+    at = torch.tensor(-4.0, dtype=torch.float64)
+    expected = (size_after(at + 1e-5) - size_after(at - 1e-5)) / 2e-5
+    if outside == "func":
+        found = torch.func.grad(size_after)(at)
+    elif outside == "autograd":
+        leaf = at.clone().requires_grad_()
+        (found,) = torch.autograd.grad(size_after(leaf), leaf)
+    else:
+        found = torch.vmap(torch.func.grad(size_after))(at.expand(2))[1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0.0)
+
+
 def test_training_learns(generator: Generator) -> None:
     model = hf.hyper_resnet(10)
     optimizer = optim.adam(0.002)
