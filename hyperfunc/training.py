@@ -257,7 +257,8 @@ def _make_step_seed(model: Model, seed: int) -> Callable[[TrainState], Seed | No
 
 def _gradient(function: Objective, params: Params, inputs: Any) -> tuple[Params, tuple[Tensor, Tensor, BatchStats]]:
     """`torch.func.grad(function, has_aux=True)(params)`, which keeps all that the way forward has stored to the end,
-    because its result may be differentiated again. Where nobody does, by any of `inputs`, it is freed on the way back."""
+    because its result may be differentiated again. Where nobody does that, by any of `inputs`, it is freed on the way
+    back."""
     if torch.compiler.is_compiling() or tree.is_differentiated(inputs):
         return grad(function, has_aux=True)(params)
     answer: Any = vjp(function, params, has_aux=True)
