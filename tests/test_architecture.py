@@ -42,6 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "sync_norm": {"model", "randomness"},
     "training": {"tree", "data", "model", "optim", "precision", "randomness"},
     "ensembles": {"tree", "model", "optim", "training"},
+    "population": {"tree", "data", "interrupt", "training"},
+    "sweep": {"files"},
 }
 TOP = {"__init__", "check_gpu", "plot"}
 """These may import everything, and nothing imports them."""
