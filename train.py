@@ -27,14 +27,13 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import itertools
-import json
 import math
 import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -53,6 +52,7 @@ from hyperfunc import (
     optim,
     population,
     precision,
+    runs,
     sweep,
     sync_norm,
     tracking,
@@ -64,7 +64,7 @@ from hyperfunc.curves import Painter
 from hyperfunc.environment import describe_device, environment
 from hyperfunc.files import beside, free_name, free_number, lock_for, numbered, temporary_name
 from hyperfunc.files import sweep as sweep_files
-from hyperfunc.flags import EXIT_BAD_INPUT, check_ranges, option, parse, parse_value, shaping
+from hyperfunc.flags import EXIT_BAD_INPUT, option, parse, shaping
 from hyperfunc.hypernet import Init
 from hyperfunc.interrupt import Interrupted, Interrupts, exit_at_once, ignore
 from hyperfunc.precision import Precision
@@ -78,10 +78,7 @@ REPLAYED_STEPS = 10
 """Steps in one CUDA graph where --steps-per-replay is 0: what the host does for a replay is then a tenth a step."""
 
 SEEDS_PER_STEP = 8
-"""Runs in one step on a GPU where --seeds-per-step is 0. On the CPU a step of several takes longer than as many steps."""
-
-TABLE = ".population"
-"""How the name of a population's table goes on after the checkpoints' own."""
+"""Runs in one step on a GPU where --seeds-per-step is 0; on the CPU such a step takes longer than single ones."""
 
 COMPILE_FROM_STEPS = 5000
 """Length of a run from which compiling on the CPU, which takes about a minute, is sure to pay."""
@@ -164,15 +161,14 @@ class Config:
     seeds: str = option(
         "",
         "population",
-        "a run for each seed, with a checkpoint of its own (run.seed3.pth), and a table of them all; runs are spread over "
-        "the devices",
+        "a run for each seed, with its own checkpoint (run.seed3.pth), and a table of all; spread over the devices",
         metavar="0,1,2",
         check=sweep.parse_seeds,
     )
     sweep: str = option(
         "",
         "population",
-        'a JSON file with flags and lists of values, {"lr": [0.001, 0.002], "seed": [0, 1]}: a run for each combination',
+        'a JSON file of flags with lists of values, {"lr": [0.001, 0.002], "seed": [0, 1]}: a run for each combination',
         metavar="FILE",
     )
     seeds_per_step: int = option(
@@ -299,10 +295,10 @@ def check_config(config: Config) -> None:
     if path.name in ("", "..") or config.checkpoint_path.endswith(os.sep) or is_something_else:
         raise ValueError(f"--checkpoint-path: got {config.checkpoint_path!r}, expected the path of a file")
     if config.seeds or config.sweep:
-        members = [config for _, config in runs_of(config)]
+        members = [member for _, member in runs_of(config)]
         if config.resume and not any(member.resume for member in members):
             raise ValueError(
-                f"--resume: there is no checkpoint of any run, the first would be {members[0].checkpoint_path}"
+                f"--resume: no run has a checkpoint; the first one's would be {members[0].checkpoint_path}"
             )
     elif config.resume and not path.is_file():
         raise ValueError(
@@ -311,8 +307,8 @@ def check_config(config: Config) -> None:
         )
 
 
-def runs_of(config: Config) -> list[tuple[sweep.Flags, Config]]:
-    """The runs of a population: the flags that tell each from the others, and all of its flags.
+def runs_of(config: Config) -> list[sweep.Member]:
+    """The runs of a population.
 
     Raises:
         ValueError: A flag, or the file of the sweep, is not what it should be.
@@ -320,35 +316,8 @@ def runs_of(config: Config) -> list[tuple[sweep.Flags, Config]]:
     if config.sync_bn:
         raise ValueError("--sync-bn: not with --seeds or --sweep, whose runs have one rank each")
     if config.wandb_mode not in ("auto", "disabled"):
-        raise ValueError(f"--wandb-mode: got {config.wandb_mode}, but --seeds and --sweep are not tracked")
-    grid: dict[str, list[Any]] = {"seed": sweep.parse_seeds(config.seeds)} if config.seeds else {}
-    where = f"--sweep: {config.sweep}: "
-    if config.sweep:
-        try:
-            given = sweep.read_grid(config.sweep, ["epochs", *(name for name in shaping(Config) if name != "sync_bn")])
-            values = {name: [parse_value(Config, name, value) for value in given[name]] for name in given}
-        except ValueError as error:
-            raise ValueError(f"{where}{error}") from None
-        if config.seeds and "seed" in values:
-            raise ValueError(f"--seeds: {config.sweep} has seeds as well; leave one of them away")
-        grid |= values
-    if "seed" in grid and config.seed != 0:
-        raise ValueError(f"--seed: got {config.seed}, with other seeds from --seeds or --sweep; leave one of them away")
-    runs: list[tuple[sweep.Flags, Config]] = []
-    for flags in sweep.combinations({"seed": [config.seed]} | grid):
-        path = sweep.path_of(config.checkpoint_path, flags)
-        resume = config.resume and Path(path).is_file()
-        own = {"seeds": "", "sweep": "", "no_wandb": True, "checkpoint_path": path, "resume": resume}
-        member = dataclasses.replace(config, **flags, **own)
-        try:
-            check_ranges(member)
-            check_config(member)
-        except ValueError as error:
-            raise ValueError(f"{where if config.sweep else ''}{error}") from None
-        runs.append((flags, member))
-    if len({member.checkpoint_path for _, member in runs}) < len(runs):
-        raise ValueError(f"{where}two of its runs are the same")
-    return runs
+        raise ValueError(f"--wandb-mode: got {config.wandb_mode}, but the runs of --seeds and --sweep are not tracked")
+    return sweep.expand(config, ["epochs", *(name for name in shaping(Config) if name != "sync_bn")], check_config)
 
 
 @dataclass
@@ -442,7 +411,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with distributed.joined(device, config.timeout, lambda: interrupts.received, say_at_end) as ranks:
                 if config.seeds or config.sweep:
                     return carry_out_population(config, ranks, device, interrupts, printer)
-                with locked(config.checkpoint_path, ranks), locked(str(journal_beside(config)), ranks):
+                with locked(config, ranks):
                     speaker = printer if ranks.rank == 0 else Printer(mute=True)
                     run = set_up(config, ranks, device, speaker)
                     start_engine([run], speaker)
@@ -502,8 +471,15 @@ def say_at_end(line: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str, ranks: distributed.Ranks) -> Iterator[None]:
-    """Keeps the checkpoint for this run alone; of its ranks the first does so for all.
+def locked(config: Config, ranks: distributed.Ranks) -> Iterator[None]:
+    """Keeps the checkpoint and the journal for this run alone; see `locked_file`."""
+    with locked_file(Path(config.checkpoint_path), ranks), locked_file(journal_beside(config), ranks):
+        yield
+
+
+@contextlib.contextmanager
+def locked_file(path: Path, ranks: distributed.Ranks) -> Iterator[None]:
+    """Keeps a file for this run alone; of its ranks the first does so for all.
 
     Raises:
         ValueError: Another process of this machine is training into it.
@@ -528,80 +504,19 @@ def locked(path: str, ranks: distributed.Ranks) -> Iterator[None]:
 def carry_out_population(
     config: Config, ranks: distributed.Ranks, device: torch.device, interrupts: Interrupts, printer: Printer
 ) -> int:
-    """Trains this rank's share of many runs, and on rank 0 puts together what came out of all; returns the exit code."""
-    runs = runs_of(config)
-    limit = config.seeds_per_step
-    if not limit:
-        limit = min(SEEDS_PER_STEP, math.ceil(len(runs) / ranks.world)) if device.type == "cuda" else 1
-    own, table = distributed.Apart(ranks), beside(Path(config.checkpoint_path).resolve(), TABLE)
-    alike = itertools.groupby(runs, lambda run: sweep.name_of({**run[0], "seed": ""}))
-    groups = [group[i : i + limit] for group in (list(one) for _, one in alike) for i in range(0, len(group), limit)]
-    results: list[sweep.Result] = []
-    code = 0
-    with locked(str(table), ranks):
-        for group in groups[ranks.rank :: ranks.world]:
-            if own.agree(interrupts.received) is None:
-                found, ended = carry_out_group(group, own, device, interrupts, printer)
-                results, code = results + found, max(code, ended)
-        if (number := own.agree(interrupts.received)) is not None:
-            code = 128 + number
-        gathered = [json.loads(text) for text in ranks.gather(json.dumps([code, results]))]
-        order = [member.checkpoint_path for _, member in runs]
-        every = sorted(
-            (sweep.Result(*row) for _, rows in gathered for row in rows), key=lambda r: order.index(r.checkpoint)
-        )
-        if ranks.rank == 0 and len(every) == len(runs):
+    """Trains many runs, spread over the ranks, and tells what came out of them; returns the exit code."""
+    members = runs_of(config)
+    at_once = config.seeds_per_step
+    if not at_once:
+        at_once = min(SEEDS_PER_STEP, math.ceil(len(members) / ranks.world)) if device.type == "cuda" else 1
+    table = beside(Path(config.checkpoint_path).resolve(), ".population")
+    program = runs.Program(locked, set_up, start_engine, partial(carry_out, paints=False))
+    with locked_file(table, ranks):
+        code, results = runs.carry_out(program, members, at_once, ranks, device, interrupts, printer)
+        if ranks.rank == 0 and len(results) == len(members):
             chosen_by = "held-out pictures" if config.val_size else "the test set itself, for want of --val-size"
-            for line in ["", *sweep.markdown(every, chosen_by).splitlines()]:
-                printer.say(line)
-            sweep.write_table(table, every, chosen_by)
-    return max(code for code, _ in gathered)
-
-
-def carry_out_group(
-    group: Sequence[tuple[sweep.Flags, Config]],
-    ranks: distributed.Apart,
-    device: torch.device,
-    interrupts: Interrupts,
-    printer: Printer,
-) -> tuple[list[sweep.Result], int]:
-    """Trains runs that differ in nothing but the seed, each step one for all of them; returns what came out of those that
-    are over, and the exit code."""
-    ends: dict[str, int | FloatingPointError] = {}
-    names = {member.checkpoint_path: sweep.name_of(flags) for flags, member in group}
-    # Dynamo counts what it compiles by the code alone, and gives up after eight times.
-    torch.compiler.reset()
-    with contextlib.ExitStack() as stack:
-        runs: list[Run] = []
-        for _, member in group:
-            stack.enter_context(locked(member.checkpoint_path, ranks))
-            stack.enter_context(locked(str(journal_beside(member)), ranks))
-            speaker = Printer(quiet=bool(runs) or printer.quiet, prefix=f"{names[member.checkpoint_path]}  ")
-            runs.append(set_up(member, ranks, device, speaker, like=runs[0] if runs else None))
-        interrupts.defer()
-        # After a kill between two saves they may stand at different steps.
-        for _, at_one_step in itertools.groupby(sorted(runs, key=lambda run: run.steps_done), lambda r: r.steps_done):
-            together = list(at_one_step)
-            if len(together) > 1:
-                load = population.make_load([r.dataset.train for r in together], [r.normalization for r in together])
-                together[0].step = population.map_step(together[0].make_step(load))
-            speakers = [Printer(quiet=printer.quiet, prefix=f"{names[r.config.checkpoint_path]}  ") for r in together]
-            start_engine(together, speakers[0])
-            members = [
-                carry_out(r, interrupts, speaker, paints=False) for r, speaker in zip(together, speakers, strict=True)
-            ]
-            found = population.in_step(members, together[0].step, [run.state for run in together])
-            ends |= {run.config.checkpoint_path: end for run, end in zip(together, found, strict=True)}
-    results: list[sweep.Result] = []
-    for (flags, member), run in zip(group, runs, strict=True):
-        end, rows = ends[member.checkpoint_path], run.progress.history
-        if isinstance(end, FloatingPointError):
-            printer.warn(f"{sweep.name_of(flags)}  {_one_line(end)}")
-            results.append(sweep.Result(flags, member.checkpoint_path, None, None, 0, _one_line(end)))
-        elif run.progress.epoch >= member.epochs:
-            last, best = rows[-1]["test/accuracy"], rows[run.progress.best_epoch - 1]["test/accuracy"]
-            results.append(sweep.Result(flags, member.checkpoint_path, last, best, run.progress.best_epoch))
-    return results, max(end if isinstance(end, int) else EXIT_FAILED for end in ends.values())
+            runs.write_table(table, results, chosen_by, printer)
+    return code
 
 
 def set_up(
@@ -725,12 +640,12 @@ def set_up(
     return run
 
 
-def start_engine(runs: Sequence[Run], printer: Printer) -> None:
+def start_engine(members: Sequence[Run], printer: Printer) -> None:
     """Makes the steps what `--engine` wants, compiled and captured here and not in the middle of the first epoch.
 
     Of several runs the first one's step is that of them all.
     """
-    run, config = runs[0], runs[0].config
+    run, config = members[0], members[0].config
     if run.progress.epoch >= config.epochs:
         return
     count = len(run.dataset.train.labels)
@@ -747,8 +662,10 @@ def start_engine(runs: Sequence[Run], printer: Printer) -> None:
         printer.warn(f"the engine is {engine} and was {before} so far: the end may differ by rounding from what it was")
     full_batches = count // config.batch_size
     together = min(config.steps_per_replay or REPLAYED_STEPS, full_batches) if "graph" in engine else 1
-    draw = population.side_by_side([data.draw_epoch(one.config.seed, 0, count, flip=run.dataset.flip) for one in runs])
-    state = population.stack([one.state for one in runs])
+    draw = population.side_by_side(
+        [data.draw_epoch(one.config.seed, 0, count, flip=run.dataset.flip) for one in members]
+    )
+    state = population.stack([one.state for one in members])
     batch = tree.to(next(data.batches(draw, config.batch_size)), run.device)
     pictures = next(data.batches(run.dataset.test, run.eval_batch_size))
     step, eval_step, started = run.step, run.eval_step, time.perf_counter()
@@ -777,7 +694,7 @@ def start_engine(runs: Sequence[Run], printer: Printer) -> None:
             raise OSError(f"--engine: {engine} does not work here, eager does without: {reason}") from None
         printer.warn(f"the engine {engine} does not work here, going on with eager: {reason}")
         engine, together, step, eval_step = "eager", 1, training.scan(run.step, config.batch_size), run.eval_step
-    for one in runs:
+    for one in members:
         one.step, one.steps_per_replay, one.progress.engine = step, together, engine
         if one.normalization is run.normalization:
             one.eval_step = eval_step

@@ -49,9 +49,8 @@ def side_by_side(draws: Sequence[data.Draw]) -> Rows | data.Draw:
     """The draws of all members for one step; a single one stays as it is."""
     if len(draws) == 1:
         return draws[0]
-    columns = [torch.stack(column, dim=1) for column in zip(*draws, strict=True)]
-    member = torch.arange(len(draws), device=columns[0].device).expand_as(columns[0])
-    return Rows(*columns, member)
+    picture, top, left, flip = (torch.stack(column, dim=1) for column in zip(*draws, strict=True))
+    return Rows(picture, top, left, flip, torch.arange(len(draws), device=picture.device).expand_as(picture))
 
 
 def make_load(images: Sequence[data.Images], normalizations: Sequence[data.Normalization]) -> Load:

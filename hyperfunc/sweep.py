@@ -5,11 +5,13 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hyperfunc.files import CHECKPOINT_ENDINGS, write_bytes
+from hyperfunc.flags import check_ranges, parse_value
 
 Flags = dict[str, Any]
 """Values by the name of their field, as in {"lr": 0.001, "seed": 3}."""
@@ -86,6 +88,51 @@ def name_of(flags: Flags) -> str:
     return ".".join(f"{name.replace('_', '-')}{value}" for name, value in flags.items())
 
 
+Member = tuple[Flags, Any]
+"""A run of a population: the flags that tell it from the others, and all of its flags."""
+
+
+def expand(config: Any, allowed: Sequence[str], check: Callable[[Any], None]) -> list[Member]:
+    """The runs that `--seeds` and `--sweep` ask for, with a checkpoint each; `resume` where there is one already.
+
+    Args:
+        config: The program's flags, made by `flags.option`.
+        allowed: The fields that the file of a sweep may have.
+        check: As of `flags.parse`.
+
+    Raises:
+        ValueError: A flag, or the file, is not what it should be.
+    """
+    grid: dict[str, list[Any]] = {"seed": parse_seeds(config.seeds)} if config.seeds else {}
+    where = f"--sweep: {config.sweep}: " if config.sweep else ""
+    try:
+        given = read_grid(config.sweep, allowed) if config.sweep else {}
+        if config.seeds and "seed" in given:
+            raise ValueError("has seeds, and so does --seeds; leave one of them away")
+        grid |= {name: [parse_value(type(config), name, value) for value in given[name]] for name in given}
+        if "seed" in grid and config.seed != 0:
+            raise ValueError(f"--seed: got {config.seed} beside other seeds; leave one of them away")
+        members: list[Member] = []
+        for flags in combinations({"seed": [config.seed]} | grid):
+            path = path_of(config.checkpoint_path, flags)
+            own = {"seeds": "", "sweep": "", "no_wandb": True, "checkpoint_path": path}
+            member = replace(config, **flags, **own, resume=config.resume and Path(path).is_file())
+            check_ranges(member)
+            check(member)
+            members.append((flags, member))
+        if len({member.checkpoint_path for _, member in members}) < len(members):
+            raise ValueError("two of the runs are the same")
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
+    return members
+
+
+def groups(members: Sequence[Member], at_once: int) -> list[list[Member]]:
+    """The runs that share a step: such as differ in nothing but the seed, at most so many."""
+    alike = [list(group) for _, group in itertools.groupby(members, lambda member: name_of(_without_seed(member[0])))]
+    return [group[begin : begin + at_once] for group in alike for begin in range(0, len(group), at_once)]
+
+
 class Result(NamedTuple):
     """What came out of a run.
 
@@ -148,15 +195,15 @@ def markdown(results: Sequence[Result], chosen_by: str) -> str:
         results: Of all runs.
         chosen_by: What pictures the best epochs were chosen by.
     """
-    rows = [("runs", "n", "failed", "test accuracy, last epoch", "test accuracy, best epoch")]
+    rows = [["runs", "n", "failed", "test accuracy, last epoch", "test accuracy, best epoch"]]
     for line in lines(results):
         shown = (_mean_text(*pair) for pair in (line.last, line.best))
-        rows.append((_readable(line.flags) or "all", str(line.n), str(line.failed), *shown))
-    single = [("run", "last epoch", "best epoch", "epoch", "checkpoint")]
+        rows.append([_readable(line.flags) or "all", str(line.n), str(line.failed), *shown])
+    single = [["run", "last epoch", "best epoch", "epoch", "checkpoint"]]
     for result in results:
         numbers = ("-" if value is None else f"{value:.2f} %" for value in (result.last, result.best))
         epoch = str(result.best_epoch) if not result.failed else "failed"
-        single.append((_readable(result.flags), *numbers, epoch, result.checkpoint))
+        single.append([_readable(result.flags), *numbers, epoch, result.checkpoint])
     note = f"Mean ± sample standard deviation over n runs; the best epoch was chosen by {chosen_by}."
     return "\n".join([*_table(rows), "", note, "", *_table(single)]) + "\n"
 

@@ -43,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"tree", "data", "model", "optim", "precision", "randomness"},
     "ensembles": {"tree", "model", "optim", "training"},
     "population": {"tree", "data", "interrupt", "training"},
-    "sweep": {"files"},
+    "sweep": {"files", "flags"},
+    "runs": {"console", "distributed", "interrupt", "population", "sweep"},
 }
 TOP = {"__init__", "check_gpu", "plot"}
 """These may import everything, and nothing imports them."""
