@@ -77,9 +77,6 @@ EXIT_FAILED = 1
 REPLAYED_STEPS = 10
 """Steps in one CUDA graph where --steps-per-replay is 0: what the host does for a replay is then a tenth a step."""
 
-SEEDS_PER_STEP = 8
-"""Runs in one step on a GPU where --seeds-per-step is 0; on the CPU such a step takes longer than single ones."""
-
 COMPILE_FROM_STEPS = 5000
 """Length of a run from which compiling on the CPU, which takes about a minute, is sure to pay."""
 
@@ -174,8 +171,8 @@ class Config:
     seeds_per_step: int = option(
         0,
         "population",
-        f"runs that differ in nothing but the seed and share a step; 0 means up to {SEEDS_PER_STEP} on a GPU and 1 on "
-        "the CPU",
+        "runs that differ in nothing but the seed and share a step; 0 means 1 on the CPU, and on a GPU as many as there "
+        f"are, up to {runs.SEEDS_PER_STEP}",
         at_least=0,
         at_most=1024,
     )
@@ -506,13 +503,10 @@ def carry_out_population(
 ) -> int:
     """Trains many runs, spread over the ranks, and tells what came out of them; returns the exit code."""
     members = runs_of(config)
-    at_once = config.seeds_per_step
-    if not at_once:
-        at_once = min(SEEDS_PER_STEP, math.ceil(len(members) / ranks.world)) if device.type == "cuda" else 1
     table = beside(Path(config.checkpoint_path).resolve(), ".population")
     program = runs.Program(locked, set_up, start_engine, partial(carry_out, paints=False))
     with locked_file(table, ranks):
-        code, results = runs.carry_out(program, members, at_once, ranks, device, interrupts, printer)
+        code, results = runs.carry_out(program, members, config.seeds_per_step, ranks, device, interrupts, printer)
         if ranks.rank == 0 and len(results) == len(members):
             chosen_by = "held-out pictures" if config.val_size else "the test set itself, for want of --val-size"
             runs.write_table(table, results, chosen_by, printer)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from hyperfunc.interrupt import Interrupts
 from hyperfunc.population import FIRST_SIGNAL
 
 EXIT_FAILED = 1
+
+SEEDS_PER_STEP = 8
+"""Runs in one step on a GPU unless said otherwise; on the CPU such a step takes longer than as many single ones."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,14 @@ def carry_out(
     Args:
         program: What trains a run.
         members: All runs, the same on every rank.
-        at_once: Runs in one step, at most.
+        at_once: Runs in one step, at most; 0 means `SEEDS_PER_STEP` on a GPU, or this rank's share, and 1 on the CPU.
         ranks: All of them.
         device: Of this one.
         interrupts: Signals that end all runs; deferred here, once there is something to save.
         printer: For lines about single runs, each with its name before it.
     """
+    if not at_once:
+        at_once = min(SEEDS_PER_STEP, math.ceil(len(members) / ranks.world)) if device.type == "cuda" else 1
     own = Apart(ranks)
     results: list[sweep.Result] = []
     for group in sweep.groups(members, at_once)[ranks.rank :: ranks.world]:

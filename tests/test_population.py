@@ -284,7 +284,7 @@ def test_a_run_that_diverges_is_in_the_table_and_the_exit_code(folder: Path, tmp
 
 
 @pytest.mark.slow
-def test_ranks_take_shares_of_the_runs_and_a_signal_to_one_ends_all(folder: Path, tmp_path: Path) -> None:
+def test_ranks_take_shares_of_the_runs_and_a_signal_ends_all(folder: Path, tmp_path: Path) -> None:
     flags = small(folder, "--epochs", "2", "--seeds", "0,1,2", "--timeout", "10", "--checkpoint-path", "run.pth")
     done = run_train(*flags, "--devices", "cpu:2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
