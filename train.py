@@ -33,11 +33,13 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from filelock import Timeout
+from torch import Tensor
 
 import hyperfunc as hf
 from hyperfunc import (
@@ -48,7 +50,10 @@ from hyperfunc import (
     journal,
     launch,
     optim,
+    population,
     precision,
+    runs,
+    sweep,
     sync_norm,
     tracking,
     training,
@@ -57,7 +62,8 @@ from hyperfunc import (
 from hyperfunc.console import Printer, TrainingBars
 from hyperfunc.curves import Painter
 from hyperfunc.environment import describe_device, environment
-from hyperfunc.files import beside, free_name, free_number, lock_for, numbered, sweep, temporary_name
+from hyperfunc.files import beside, free_name, free_number, lock_for, numbered, temporary_name
+from hyperfunc.files import sweep as sweep_files
 from hyperfunc.flags import EXIT_BAD_INPUT, option, parse, shaping
 from hyperfunc.hypernet import Init
 from hyperfunc.interrupt import Interrupted, Interrupts, exit_at_once, ignore
@@ -149,6 +155,28 @@ class Config:
     max_restarts: int = option(
         0, "ranks", "how often ranks are started again after a failure, to go on", at_least=0, at_most=1000
     )
+    seeds: str = option(
+        "",
+        "population",
+        "a run for each seed, with its own checkpoint (run.seed3.pth), and a table of all; spread over the devices",
+        metavar="0,1,2",
+        check=sweep.parse_seeds,
+    )
+    sweep: str = option(
+        "",
+        "population",
+        'a JSON file of flags with lists of values, {"lr": [0.001, 0.002], "seed": [0, 1]}: a run for each combination',
+        metavar="FILE",
+    )
+    seeds_per_step: int = option(
+        0,
+        "population",
+        "runs that differ in nothing but the seed and share a step; 0 means 1 on the CPU, and on a GPU as many as "
+        f"there are, up to {runs.SEEDS_PER_STEP}",
+        at_least=0,
+        at_most=1024,
+    )
+
     report_every: int = option(50, "run", "batches from one line of loss and accuracy to the next", at_least=1)
     quiet: bool = option(False, "run", "say nothing but what goes wrong")
 
@@ -263,11 +291,30 @@ def check_config(config: Config) -> None:
         raise ValueError(f"--checkpoint-path: {error}") from None
     if path.name in ("", "..") or config.checkpoint_path.endswith(os.sep) or is_something_else:
         raise ValueError(f"--checkpoint-path: got {config.checkpoint_path!r}, expected the path of a file")
-    if config.resume and not path.is_file():
+    if config.seeds or config.sweep:
+        members = [member for _, member in runs_of(config)]
+        if config.resume and not any(member.resume for member in members):
+            raise ValueError(
+                f"--resume: no run has a checkpoint; the first one's would be {members[0].checkpoint_path}"
+            )
+    elif config.resume and not path.is_file():
         raise ValueError(
             f"--resume: there is no checkpoint at {config.checkpoint_path}; name it with --checkpoint-path, "
             "or leave --resume away to begin anew"
         )
+
+
+def runs_of(config: Config) -> list[sweep.Member]:
+    """The runs of a population.
+
+    Raises:
+        ValueError: A flag, or the file of the sweep, is not what it should be.
+    """
+    if config.sync_bn:
+        raise ValueError("--sync-bn: not with --seeds or --sweep, whose runs have one rank each")
+    if config.wandb_mode not in ("auto", "disabled"):
+        raise ValueError(f"--wandb-mode: got {config.wandb_mode}, but the runs of --seeds and --sweep are not tracked")
+    return sweep.expand(config, ["epochs", *(name for name in shaping(Config) if name != "sync_bn")], check_config)
 
 
 @dataclass
@@ -300,6 +347,8 @@ class Run:
     precision: Precision
     step: training.Step
     """Of one batch or several, with a row of metrics for each."""
+    make_step: Callable[[training.Load], training.Step]
+    """That step again, of one batch, for others' pictures."""
     eval_step: training.EvalStep
     gradients: Callable[[TrainState, data.Draw], hf.Params]
     learning_rate: optim.Schedule
@@ -356,15 +405,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             printer.quiet = config.quiet
             device = choose_device(config)
-            with (
-                distributed.joined(device, config.timeout, lambda: interrupts.received, say_at_end) as ranks,
-                locked(config.checkpoint_path, ranks),
-                locked(str(journal_beside(config)), ranks),
-            ):
-                speaker = printer if ranks.rank == 0 else Printer(mute=True)
-                run = set_up(config, ranks, device, speaker)
-                interrupts.defer()
-                return carry_out(run, interrupts, speaker)
+            with distributed.joined(device, config.timeout, lambda: interrupts.received, say_at_end) as ranks:
+                if config.seeds or config.sweep:
+                    return carry_out_population(config, ranks, device, interrupts, printer)
+                with locked(config, ranks):
+                    speaker = printer if ranks.rank == 0 else Printer(mute=True)
+                    run = set_up(config, ranks, device, speaker)
+                    start_engine([run], speaker)
+                    interrupts.defer()
+                    (code,) = population.in_step([carry_out(run, interrupts, speaker)], run.step, [run.state])
+                    if isinstance(code, FloatingPointError):
+                        raise code
+                    return code
         except distributed.Told as told:
             return told.code
         except ValueError as error:
@@ -387,9 +439,13 @@ def start_ranks(config: Config, argv: Sequence[str] | None, printer: Printer) ->
     """Runs this program on every device that is asked for, and returns their exit code; None where this is one run."""
     try:
         count = len(devices_of(config))
+        is_population = bool(config.seeds or config.sweep)
+        if is_population:
+            count = min(count, len(runs_of(config)))
         if count == 1 or distributed.rank_of_environment() is not None:
             return None
-        launch.check_batch_size(config.batch_size, count)
+        if not is_population:
+            launch.check_batch_size(config.batch_size, count)
     except ValueError as error:
         printer.warn(f"train.py: {_one_line(error)}")
         return EXIT_BAD_INPUT
@@ -412,8 +468,15 @@ def say_at_end(line: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str, ranks: distributed.Ranks) -> Iterator[None]:
-    """Keeps the checkpoint for this run alone; of its ranks the first does so for all.
+def locked(config: Config, ranks: distributed.Ranks) -> Iterator[None]:
+    """Keeps the checkpoint and the journal for this run alone; see `locked_file`."""
+    with locked_file(Path(config.checkpoint_path), ranks), locked_file(journal_beside(config), ranks):
+        yield
+
+
+@contextlib.contextmanager
+def locked_file(path: Path, ranks: distributed.Ranks) -> Iterator[None]:
+    """Keeps a file for this run alone; of its ranks the first does so for all.
 
     Raises:
         ValueError: Another process of this machine is training into it.
@@ -429,14 +492,39 @@ def locked(path: str, ranks: distributed.Ranks) -> Iterator[None]:
             f"--checkpoint-path: another run is writing to {path}; wait for its end, or name another file"
         ) from None
     try:
-        sweep(path)
+        sweep_files(path)
         yield
     finally:
         lock.release()
 
 
-def set_up(config: Config, ranks: distributed.Ranks, device: torch.device, printer: Printer) -> Run:
-    """Reads the data, builds the network and either draws its parameters or reads them from the checkpoint."""
+def carry_out_population(
+    config: Config, ranks: distributed.Ranks, device: torch.device, interrupts: Interrupts, printer: Printer
+) -> int:
+    """Trains many runs, spread over the ranks, and tells what came out of them; returns the exit code."""
+    members = runs_of(config)
+    table = beside(Path(config.checkpoint_path).resolve(), ".population")
+    program = runs.Program(locked, set_up, start_engine, partial(carry_out, paints=False))
+    with locked_file(table, ranks):
+        code, results = runs.carry_out(program, members, config.seeds_per_step, ranks, device, interrupts, printer)
+        if ranks.rank == 0 and len(results) == len(members):
+            chosen_by = "held-out pictures" if config.val_size else "the test set itself, for want of --val-size"
+            runs.write_table(table, results, chosen_by, printer)
+    return code
+
+
+def set_up(
+    config: Config, ranks: distributed.Ranks, device: torch.device, printer: Printer, like: Run | None = None
+) -> Run:
+    """Reads the data, builds the network and either draws its parameters or reads them from the checkpoint.
+
+    Args:
+        config: The flags.
+        ranks: That share the run.
+        device: Of this one.
+        printer: For the lines about it.
+        like: A run of other seed on that device: what does not depend on the seed is shared with it.
+    """
     launch.check_batch_size(config.batch_size, ranks.world)
     if "graph" in config.engine and device.type != "cuda":
         raise ValueError(f"--engine: got {config.engine}, which needs a GPU; on the CPU there is eager and compiled")
@@ -446,21 +534,28 @@ def set_up(config: Config, ranks: distributed.Ranks, device: torch.device, print
     printer.say(f"device       {describe_device(device)}, torch {torch.__version__}{several}")
     # Read before the data, which may take minutes: what is wrong with it should be known at once.
     previous = read_checkpoint(config) if config.resume else None
-    if previous is None and ranks.saved_run is not None:
+    saved_run = ranks.saved_run(config.checkpoint_path)
+    if previous is None and saved_run is not None:
         # Ranks that take the place of others go on with what those have saved.
         previous = read_checkpoint(config)
-        previous = previous if previous.notes["progress"]["run"] == ranks.saved_run else None
+        previous = previous if previous.notes["progress"]["run"] == saved_run else None
     if ranks.rank == 0:
         check_writable(Path(config.checkpoint_path))
 
-    dataset = data.load_dataset(
-        config.dataset,
-        config.data_dir,
-        val_size=config.val_size,
-        train_size=config.train_size,
-        seed=config.seed,
-        progress=printer.track,
-        notify=printer.warn,
+    # Which pictures are held out or left out is the seed's to say.
+    shared = like if like is not None and not (config.val_size or config.train_size) else None
+    dataset = (
+        shared.dataset
+        if shared
+        else data.load_dataset(
+            config.dataset,
+            config.data_dir,
+            val_size=config.val_size,
+            train_size=config.train_size,
+            seed=config.seed,
+            progress=printer.track,
+            notify=printer.warn,
+        )
     )
     count = len(dataset.train.labels)
     if config.batch_size > count:
@@ -471,10 +566,11 @@ def set_up(config: Config, ranks: distributed.Ranks, device: torch.device, print
         f"{len(dataset.classes)} classes"
     )
 
-    model = build_model(config, len(dataset.classes))
+    model = like.model if like else build_model(config, len(dataset.classes))
     if config.sync_bn and ranks.world > 1:
         model = sync_norm.synchronize(model)
-    normalization, digest = data.measure(dataset.train), data.digest(dataset)
+    normalization = shared.normalization if shared else data.measure(dataset.train)
+    digest = shared.data_digest if shared else data.digest(dataset)
     dataset = dataset._replace(
         train=tree.to(dataset.train, device),
         val=tree.to(dataset.val, device) if dataset.val else None,
@@ -482,11 +578,14 @@ def set_up(config: Config, ranks: distributed.Ranks, device: torch.device, print
     )
     normalization = tree.to(normalization, device)
     optimizer = build_optimizer(config, math.ceil(count / config.batch_size), number_format, ranks.world)
-    load = data.make_train_load(dataset.train, normalization)
+    own_load = data.make_train_load(dataset.train, normalization)
+
+    def load(draw: data.Draw) -> tuple[Tensor, Tensor]:
+        # A rank takes its part in here, so that compiled and captured steps see the same batches on all ranks.
+        return own_load(ranks.part(draw))
+
     objective: dict[str, Any] = {
         "precision": number_format,
-        # A rank takes its part in here, so that compiled and captured steps see the same batches on all ranks.
-        "load": lambda draw: load(ranks.part(draw)),
         "reduce": ranks.reduce,
         "decay": config.decay,
         "weight_decay": config.weight_decay if config.decay == "generated" else 0.0,
@@ -503,9 +602,10 @@ def set_up(config: Config, ranks: distributed.Ranks, device: torch.device, print
         dataset=dataset,
         model=model,
         precision=number_format,
-        step=training.make_train_step(model, optimizer, **objective),
+        step=training.make_train_step(model, optimizer, load=load, **objective),
+        make_step=lambda load: training.make_train_step(model, optimizer, load=load, **objective),
         eval_step=training.make_eval_step(model, load=data.make_eval_load(normalization), precision=number_format),
-        gradients=training.make_gradients(model, **objective),
+        gradients=training.make_gradients(model, load=load, **objective),
         learning_rate=optimizer.learning_rate,
         data_digest=digest,
         normalization=normalization,
@@ -531,14 +631,17 @@ def set_up(config: Config, ranks: distributed.Ranks, device: torch.device, print
                 "its own, so the result will not be that of before"
             )
     ranks.compare({"state": run.state, "best": run.best}, notes_to_compare(run))
-    if run.progress.epoch < config.epochs:
-        start_engine(run, printer)
     return run
 
 
-def start_engine(run: Run, printer: Printer) -> None:
-    """Makes the steps what `--engine` wants, compiled and captured here and not in the middle of the first epoch."""
-    config = run.config
+def start_engine(members: Sequence[Run], printer: Printer) -> None:
+    """Makes the steps what `--engine` wants, compiled and captured here and not in the middle of the first epoch.
+
+    Of several runs the first one's step is that of them all.
+    """
+    run, config = members[0], members[0].config
+    if run.progress.epoch >= config.epochs:
+        return
     count = len(run.dataset.train.labels)
     engine = config.engine
     if engine == "auto" and run.device.type == "cuda":
@@ -558,7 +661,10 @@ def start_engine(run: Run, printer: Printer) -> None:
         every = parse_every(config.checkpoint_every)
         between = min(config.report_every, every.number if every.unit == "batches" else config.report_every)
         together = min(config.steps_per_replay or REPLAYED_STEPS, full_batches, between)
-    draw = data.draw_epoch(config.seed, 0, count, flip=run.dataset.flip)
+    draw = population.side_by_side(
+        [data.draw_epoch(one.config.seed, 0, count, flip=run.dataset.flip) for one in members]
+    )
+    state = population.stack([one.state for one in members])
     batch = tree.to(next(data.batches(draw, config.batch_size)), run.device)
     pictures = next(data.batches(run.dataset.test, run.eval_batch_size))
     step, eval_step, started = run.step, run.eval_step, time.perf_counter()
@@ -568,12 +674,12 @@ def start_engine(run: Run, printer: Printer) -> None:
             step = capture.compile_step(step, batch)
             # The step is pure: what this computes is thrown away, and the state is as it was.
             with printer.waiting(f"compiling {engine}"):
-                step(run.state, batch)
+                step(state, batch)
         step = training.scan(step, config.batch_size)
         if "graph" in engine:
             with printer.waiting("capturing"):
                 rows = tree.to(next(data.batches(draw, together * config.batch_size)), run.device)
-                step = capture.capture(step, run.state, rows)
+                step = capture.capture(step, state, rows)
                 network = run.model.weights(run.state.params), run.state.batch_stats
                 if engine.startswith("compiled"):
                     eval_step = capture.compile_step(eval_step, pictures)
@@ -587,7 +693,10 @@ def start_engine(run: Run, printer: Printer) -> None:
             raise OSError(f"--engine: {engine} does not work here, eager does without: {reason}") from None
         printer.warn(f"the engine {engine} does not work here, going on with eager: {reason}")
         engine, together, step, eval_step = "eager", 1, training.scan(run.step, config.batch_size), run.eval_step
-    run.step, run.eval_step, run.steps_per_replay, run.progress.engine = step, eval_step, together, engine
+    for one in members:
+        one.step, one.steps_per_replay, one.progress.engine = step, together, engine
+        if one.normalization is run.normalization:
+            one.eval_step = eval_step
     details = [engine, run.precision]
     if "graph" in engine:
         details.append(f"{together} steps a graph")
@@ -596,17 +705,17 @@ def start_engine(run: Run, printer: Printer) -> None:
     printer.say(f"engine       {', '.join(details)}")
 
 
-def carry_out(run: Run, interrupts: Interrupts, printer: Printer) -> int:
-    """Trains, and shows it; returns the exit code."""
+def carry_out(run: Run, interrupts: Interrupts, printer: Printer, *, paints: bool = True) -> population.Member:
+    """Trains, and shows it; see `population.Member`."""
     if run.progress.epoch >= run.config.epochs:
         printer.say(
             f"nothing to do: the run is complete after {run.progress.epoch} epochs; give a larger --epochs to go on"
         )
         return 0
-    reporter = start_reporting(run, printer)
+    reporter = start_reporting(run, printer, paints=paints)
     code = EXIT_FAILED
     try:
-        code = train(run, interrupts, reporter)
+        code = yield from train(run, interrupts, reporter)
     except Exception as error:
         reporter.event("failed", reason=_one_line(error))
         raise
@@ -622,8 +731,8 @@ def carry_out(run: Run, interrupts: Interrupts, printer: Printer) -> int:
     return code
 
 
-def train(run: Run, interrupts: Interrupts, reporter: Reporter) -> int:
-    """The epochs; returns the exit code."""
+def train(run: Run, interrupts: Interrupts, reporter: Reporter) -> population.Member:
+    """The epochs; see `population.Member`."""
     config, progress = run.config, run.progress
     count = len(run.dataset.train.labels)
     every = parse_every(config.checkpoint_every)
@@ -634,24 +743,23 @@ def train(run: Run, interrupts: Interrupts, reporter: Reporter) -> int:
             pace = Pace()
             draw = tree.to(data.draw_epoch(config.seed, progress.epoch, count, flip=run.dataset.flip), run.device)
             bars.begin_epoch(progress.epoch, progress.batch)
-            while progress.batch < run.batch_count:
-                rows, steps = next_rows(run, draw, every)
-                run.state, metrics = run.step(run.state, rows)
-                run.unread.append(metrics)
-                progress.batch += steps
-                by_clock = every.unit == "seconds" and is_due(every, run)
-                order = run.ranks.agree(interrupts.received or (distributed.SAVE if by_clock else None))
-                if order is not None and order != distributed.SAVE:
-                    progress.seconds = time.perf_counter() - started
-                    return stop(run, order, reporter)
-                if progress.batch % config.report_every == 0 or progress.batch == run.batch_count:
-                    report(run, rows, reporter, bars, pace)
-                bars.move(progress.epoch, progress.batch)
-                if order == distributed.SAVE or (every.unit == "batches" and is_due(every, run)):
-                    progress.seconds = time.perf_counter() - started
-                    save(run, reporter)
-            bars.figures(epoch="evaluating")
             try:
+                while progress.batch < run.batch_count:
+                    rows, steps = next_rows(run, draw, every)
+                    run.state, metrics = yield rows
+                    run.unread.append(metrics)
+                    progress.batch += steps
+                    by_clock = every.unit == "seconds" and is_due(every, run)
+                    order = run.ranks.agree(interrupts.received or (distributed.SAVE if by_clock else None))
+                    if order is not None and order != distributed.SAVE:
+                        raise Interrupted(order)
+                    if progress.batch % config.report_every == 0 or progress.batch == run.batch_count:
+                        report(run, rows, reporter, bars, pace)
+                    bars.move(progress.epoch, progress.batch)
+                    if order == distributed.SAVE or (every.unit == "batches" and is_due(every, run)):
+                        progress.seconds = time.perf_counter() - started
+                        save(run, reporter)
+                bars.figures(epoch="evaluating")
                 finish_epoch(run, started, pace, every, interrupts, reporter)
             except Interrupted as interrupt:
                 progress.seconds = time.perf_counter() - started
@@ -663,7 +771,7 @@ def train(run: Run, interrupts: Interrupts, reporter: Reporter) -> int:
 
 
 def next_rows(run: Run, draw: data.Draw, every: Every) -> tuple[data.Draw, int]:
-    """What the next call of `run.step` gets of an epoch's draw, and how many batches that is."""
+    """What the next step gets of an epoch's draw, and how many batches that is."""
     batch, size = run.progress.batch, run.config.batch_size
     room = [len(draw.picture) // size - batch, run.config.report_every - batch % run.config.report_every]
     if every.unit == "batches":
@@ -914,7 +1022,7 @@ def write(run: Run, reporter: Reporter) -> None:
             checkpoint.save(path, trees, notes, keep_old_as=aside)
         run.saved = run.owns_path = True
         run.saved_best_epoch = run.progress.best_epoch
-        run.ranks.note_saved(run.progress.run)
+        run.ranks.note_saved(run.progress.run, run.config.checkpoint_path)
         if aside is not None:
             reporter.printer.say(f"kept the earlier run of {path} as {aside}")
     except OSError as error:
@@ -1097,7 +1205,7 @@ def build_optimizer(config: Config, steps_per_epoch: int, number_format: Precisi
     return optim.scaled(optimizer, first=2.0**16 / pictures)
 
 
-def start_reporting(run: Run, printer: Printer) -> Reporter:
+def start_reporting(run: Run, printer: Printer, *, paints: bool) -> Reporter:
     """Opens what stands beside the checkpoint, and starts or continues the run on Weights & Biases."""
     config, progress = run.config, run.progress
     if run.ranks.rank:
@@ -1112,7 +1220,7 @@ def start_reporting(run: Run, printer: Printer) -> Reporter:
     run.aside = numbered(path, number)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(picture)
+        sweep_files(picture)
         if resumed:
             rows, before = journal.go_on(
                 journal_path,
@@ -1139,7 +1247,10 @@ def start_reporting(run: Run, printer: Printer) -> Reporter:
         {"run": progress.run, "step": run.steps_done, "config": dataclasses.asdict(config)}
         | {"environment": run.environment},
     )
-    reporter = Reporter(printer, writer, Painter(printer.warn), picture, title, tracker, handed)
+    painter = Painter(printer.warn)
+    if not paints:
+        painter.close(0)
+    reporter = Reporter(printer, writer, painter, picture, title, tracker, handed)
     if tracker is not None:
         # What was shown while there was no tracking, because it was turned off or had failed.
         for row in rows:

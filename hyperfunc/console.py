@@ -23,18 +23,20 @@ class Printer:
     Args:
         quiet: Shows trouble and nothing else.
         mute: Shows nothing at all, because another process does.
+        prefix: Stands before every line, because several runs write to one console; and none of them has a bar there.
     """
 
-    def __init__(self, *, quiet: bool = False, mute: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, mute: bool = False, prefix: str = "") -> None:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 # A path may hold what the terminal cannot show, and that must not end a run.
                 stream.reconfigure(errors="backslashreplace")
         self.quiet = quiet or mute
         self._mute = mute
+        self._prefix = prefix
         # Not rich's own opinion, which FORCE_COLOR and the like change for a file too.
         terminal = sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self._console = Console() if terminal else None
+        self._console = Console() if terminal and not prefix else None
 
     @property
     def shows_bars(self) -> bool:
@@ -63,7 +65,7 @@ class Printer:
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
     def _print(self, line: str, stream: Any) -> None:
-        line = line.replace("\n", "\\n")  # a path may hold that too
+        line = self._prefix + line.replace("\n", "\\n")  # a path may hold that too
         if self._console is not None:
             # Above the live display, if there is one. As it is: rich would colour numbers and break lines.
             self._console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)

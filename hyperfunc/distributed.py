@@ -57,7 +57,6 @@ class Alone:
     rank = 0
     world = 1
     reduce = None
-    saved_run: str | None = None
 
     def part(self, rows: Any) -> Any:
         return rows
@@ -74,8 +73,17 @@ class Alone:
     def compare(self, state: Any, notes: Mapping[str, Any] | None = None) -> None:
         pass
 
-    def note_saved(self, run: str) -> None:
+    def note_saved(self, run: str, path: str) -> None:
         pass
+
+    def saved_run(self, path: str) -> str | None:
+        return None
+
+    def asked(self) -> int | None:
+        return None
+
+    def gather(self, value: str) -> list[str]:
+        return [value]
 
 
 class Group:
@@ -84,7 +92,6 @@ class Group:
     Attributes:
         rank: From 0 on; rank 0 is the one that prints, tracks and saves.
         world: How many there are.
-        saved_run: The id of the run that these ranks saved before their launcher started them anew, or None.
     """
 
     def __init__(self, rank: int, world: int, device: torch.device, job: Store, watch: Watch) -> None:
@@ -93,7 +100,6 @@ class Group:
         self._device = device
         self._job = job
         self._watch = watch
-        self.saved_run = job.get("saved").decode() if job.check(["saved"]) else None
 
     @property
     def reduce(self) -> Callable[..., Any] | None:
@@ -132,10 +138,22 @@ class Group:
         dist.broadcast(told, 0)
         return bool(told)
 
-    def note_saved(self, run: str) -> None:
-        """Leaves with the launcher that this run has a checkpoint, for ranks that it may start in place of these."""
-        if self.rank == 0:
-            self._job.set("saved", run)
+    def note_saved(self, run: str, path: str) -> None:
+        """Leaves with the launcher whose checkpoint is at a path, for ranks that it may start in place of these."""
+        self._job.set(f"saved/{path}", run)
+
+    def saved_run(self, path: str) -> str | None:
+        """The id of the run that these ranks saved there before their launcher started them anew, or None."""
+        key = f"saved/{path}"
+        return self._job.get(key).decode() if self._job.check([key]) else None
+
+    def asked(self) -> int | None:
+        """See `watch.Watch.asked`."""
+        return self._watch.asked()
+
+    def gather(self, value: str) -> list[str]:
+        """See `watch.Watch.gather`."""
+        return self._watch.gather(value)
 
     def compare(self, state: Any, notes: Mapping[str, Any] | None = None) -> None:
         """Compares a pytree, and notes that JSON could hold, between all ranks by their digests.
@@ -155,6 +173,27 @@ class Group:
         gathered: list[Any] = [None] * self.world
         dist.all_gather_object(gathered, digests)
         raise RankLost(f"the ranks are not equal: {describe_difference(gathered)}")
+
+
+class Apart(Alone):
+    """One of several ranks that have runs of their own: what they share is a signal to end, and restarts.
+
+    Args:
+        ranks: All of them.
+    """
+
+    def __init__(self, ranks: Alone | Group) -> None:
+        self._ranks = ranks
+
+    def agree(self, wish: int | None) -> int | None:
+        asked = self._ranks.asked()
+        return wish if asked is None else asked
+
+    def note_saved(self, run: str, path: str) -> None:
+        self._ranks.note_saved(run, path)
+
+    def saved_run(self, path: str) -> str | None:
+        return self._ranks.saved_run(path)
 
 
 Ranks = Alone | Group

@@ -47,6 +47,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: {' '.join(message.split())}\n")
 
 
+class _Reader(Parser):
+    """A parser whose errors are a ValueError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of every flag that has one."""
 
@@ -74,7 +81,28 @@ def parse(
         check: Raises a ValueError for what the ranges of single flags cannot say.
         short: Short flags by the name of their field.
     """
-    parser = Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = _Reader(prog=prog, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+    try:
+        config = _read(parser, kind, sys.argv[1:] if argv is None else argv, short)
+        check_ranges(config)
+        check(config)
+    except ValueError as error:
+        Parser.error(parser, str(error))
+    return config
+
+
+def parse_value(kind: type[Any], name: str, value: Any) -> Any:
+    """What a field is where its flag is given so.
+
+    Raises:
+        ValueError: The flag cannot have that value; the message names both.
+    """
+    config = _read(_Reader(allow_abbrev=False), kind, [f"{flag(name)}={value}"], {})
+    check_ranges(config)
+    return getattr(config, name)
+
+
+def _read(parser: argparse.ArgumentParser, kind: type[Config], argv: Sequence[str], short: dict[str, str]) -> Config:
     groups: dict[str, Any] = {}
     for item in _fields(kind):
         name = item.metadata["group"]
@@ -89,19 +117,12 @@ def parse(
         else:
             metavar = item.metadata["metavar"] or {int: "N", float: "X"}.get(item.type, "TEXT")
             groups[name].add_argument(*names, type=item.type, default=item.default, metavar=metavar, help=text)
-    arguments = [_with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    namespace, unknown = parser.parse_known_args(arguments)
+    namespace, unknown = parser.parse_known_args([_with_dashes(argument) for argument in argv])
     if unknown:
         flags = [name for action in parser._actions for name in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
         parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-    config = kind(**vars(namespace))
-    try:
-        check_ranges(config)
-        check(config)
-    except ValueError as error:
-        parser.error(str(error))
-    return config
+    return kind(**vars(namespace))
 
 
 def check_ranges(config: Any) -> None:

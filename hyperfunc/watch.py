@@ -165,6 +165,19 @@ class Watch:
             self._round += 1
             return order
 
+    def asked(self) -> int | None:
+        """A signal that one of the ranks has received: for ranks that go on by themselves and never `agree`."""
+        with self._changed:
+            return self._order
+
+    def gather(self, value: str) -> list[str]:
+        """What every rank gives; waits until all have come here, for however long they have work of their own."""
+        self._store.set(f"gathered/{self._rank}", value)
+        keys = [f"gathered/{rank}" for rank in range(self._world)]
+        while not self._store.check(keys):
+            time.sleep(self.interval)
+        return [self._store.get(key).decode() for key in keys]
+
     def judge(self, error: Exception, code: int) -> Exception:
         """What is to be raised in the place of an error that ends this rank: it may be another's doing.
 

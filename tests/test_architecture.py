@@ -42,6 +42,9 @@ ALLOWED: dict[str, set[str]] = {
     "sync_norm": {"model", "randomness"},
     "training": {"tree", "data", "model", "optim", "precision", "randomness"},
     "ensembles": {"tree", "model", "optim", "training"},
+    "population": {"tree", "data", "interrupt", "training"},
+    "sweep": {"files", "flags"},
+    "runs": {"console", "distributed", "interrupt", "population", "sweep"},
 }
 TOP = {"__init__", "check_gpu", "plot"}
 """These may import everything, and nothing imports them."""

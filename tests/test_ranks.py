@@ -320,3 +320,37 @@ def test_an_uneven_division_is_refused_before_anything_starts(
     assert train.main(["--devices", "cpu:3", "--dataset", "digits"]) == 2
     assert capsys.readouterr().err.startswith("train.py: --batch-size: got 128 for 3 ranks")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_ends_the_runs_of_all(start: Start, mark: str, flags: list[str]) -> None:
+    process = start(*program(*flags, "--devices", "cpu:2", "--seeds", "0,1", "--epochs", "100"))
+    await_line(process, "seed1  epoch 2/100")
+    os.kill(rank(mark, 1), signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, output
+    for seed in (0, 1):
+        assert f"seed{seed}  stopped by SIGTERM" in output
+    assert all_over(mark)
+
+
+@pytest.mark.slow
+def test_runs_go_on_by_themselves_after_a_rank_was_killed(
+    start: Start, mark: str, flags: list[str], tmp_path: Path
+) -> None:
+    """An earlier run's checkpoint at that place is not taken for theirs."""
+    earlier = start(*program(*flags, "--seeds", "1", "--epochs", "1"))
+    earlier.communicate(timeout=60)
+    assert earlier.returncode == 0
+    population = [*flags, "--seeds", "0,1", "--epochs", "4"]
+    process = start(*program(*population, "--devices", "cpu:2", "--max-restarts", "1"))
+    await_line(process, "seed1  epoch 2/4")
+    os.kill(rank(mark, 1), signal.SIGKILL)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert re.search("rank 1 .* gave no sign of life", output)
+    start(*program(*population, "--checkpoint-path", "whole.pth")).communicate(timeout=60)
+    for seed in (0, 1):
+        ours, theirs = (checkpoint.load(tmp_path / f"{name}.seed{seed}.pth").tensors for name in ("run", "whole"))
+        assert_trees_equal(ours, theirs)
+    assert (tmp_path / "run.1.seed1.pth").exists()

@@ -38,7 +38,7 @@ def test_an_earlier_run_is_kept_under_a_name_that_nobody_took_meanwhile(
     assert run_here(*flags, "--seed", "1").returncode == 0
     begin = train.train
 
-    def another_comes_first(run: Any, *rest: Any) -> int:
+    def another_comes_first(run: Any, *rest: Any) -> Any:
         (tmp_path / "k.1.pth").write_bytes(b"of another run")
         return begin(run, *rest)
 
@@ -219,7 +219,7 @@ def test_a_model_is_loaded_of_a_run_that_was_stopped_in_its_first_epoch(
 ) -> None:
     """What there is to load is what was trained so far, and not the parameters that it began with."""
 
-    def stop_at_once(run: Any, interrupts: Any, reporter: Any) -> int:
+    def stop_at_once(run: Any, interrupts: Any, reporter: Any) -> Any:
         interrupts.received = 15
         return train_on(run, interrupts, reporter)
 

@@ -1,0 +1,137 @@
+"""Several runs of one program in one step: their states are stacked, and `torch.vmap` takes the step of all of them.
+
+Each run stays what it is alone: a generator that asks for steps and does all else by itself. `in_step` brings their
+requests together. A run sees the pictures and the parameters that it would see alone, and equals it up to rounding.
+"""
+
+# torch.compile cannot trace the evaluation of an annotation, and functions are defined inside of what it traces.
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from hyperfunc import data, tree
+from hyperfunc.interrupt import Interrupted
+from hyperfunc.training import Load, Metrics, Step, TrainState
+
+Member = Generator[data.Draw, tuple[TrainState, Metrics], int]
+"""A run: it yields the rows of its next step, is sent its new state and its metrics, and returns its exit code."""
+
+FIRST_SIGNAL = 128
+"""What an exit code exceeds after a signal, by the signal's number."""
+
+
+class Rows(NamedTuple):
+    """`data.Draw` of several runs side by side, as what `data.batches` cuts; and whose each column is."""
+
+    picture: Int[Tensor, "*n"]
+    top: Int[Tensor, "*n"]
+    left: Int[Tensor, "*n"]
+    flip: Bool[Tensor, "*n"]
+    member: Int[Tensor, "*n"]
+
+
+def map_step(step: Step) -> Step:
+    """A step of stacked states from a step of one; rows are `Rows`, examples first, and metrics come a member."""
+    return torch.vmap(step, in_dims=(0, 1), randomness="different")
+
+
+def stack(states: Sequence[TrainState]) -> TrainState:
+    """The states with the members as first dimension; a single one stays as it is."""
+    return tree.map(lambda *leaves: torch.stack(leaves), *states) if len(states) > 1 else states[0]
+
+
+def side_by_side(draws: Sequence[data.Draw]) -> Rows | data.Draw:
+    """The draws of all members for one step; a single one stays as it is."""
+    if len(draws) == 1:
+        return draws[0]
+    picture, top, left, flip = (torch.stack(column, dim=1) for column in zip(*draws, strict=True))
+    return Rows(picture, top, left, flip, torch.arange(len(draws), device=picture.device).expand_as(picture))
+
+
+def make_load(images: Sequence[data.Images], normalizations: Sequence[data.Normalization]) -> Load:
+    """Builds `load(rows) -> (images, labels)` for a step of one member under `map_step`: `data.make_train_load`, where
+    each member has training pictures and a normalization of its own.
+
+    Args:
+        images: Of each member, as many as of any other. The same object for all is held once.
+        normalizations: Of each member.
+    """
+    count = len(images[0].labels)
+    shared = all(one.pixels is images[0].pixels for one in images)
+    whole = images[0] if shared else data.Images(*(torch.cat(column) for column in zip(*images, strict=True)))
+    padded, labels = data.pad(whole.pixels), whole.labels
+    begins = torch.arange(len(images), device=labels.device) * (0 if shared else count)
+    mean, std = (torch.stack(column)[:, None, None] for column in zip(*normalizations, strict=True))
+
+    def load(rows: Rows) -> tuple[Tensor, Tensor]:
+        draw = data.Draw(rows.picture + begins[rows.member], rows.top, rows.left, rows.flip)
+        own = data.Normalization(mean[rows.member], std[rows.member])
+        return data.normalize(data.crop_and_flip(padded, draw), own), labels[draw.picture]
+
+    return load
+
+
+def in_step(members: Sequence[Member], step: Step, states: Sequence[TrainState]) -> list[int | FloatingPointError]:
+    """Runs members to their ends, each step one for all of them; returns the exit code of each, or what it failed of.
+
+    All have to ask for the same number of steps. A member that fails by a FloatingPointError leaves the others as they
+    are; in its place in the stack goes on what nobody looks at. After a member ended by a signal the others get an
+    `Interrupted` where they stand, so that all have made the same steps.
+
+    Args:
+        members: Not started yet.
+        step: Of a single state and draw for one member, else of `stack` and `side_by_side`; metrics have the steps as
+            first dimension and the members as second.
+        states: Their states.
+    """
+    ends: dict[int, int | FloatingPointError] = {}
+    asked: dict[int, data.Draw] = {}
+    together = stack(states)
+    parts = _unstack(together, len(members))
+
+    def advance(index: int, found: tuple[TrainState, Metrics] | Interrupted | None) -> None:
+        asked.pop(index, None)
+        try:
+            if isinstance(found, Interrupted):
+                asked[index] = members[index].throw(found)
+            else:
+                asked[index] = members[index].send(found)  # pyright: ignore[reportArgumentType]
+        except StopIteration as stop:
+            ends[index] = stop.value
+        except FloatingPointError as error:
+            ends[index] = error
+
+    try:
+        for index in range(len(members)):
+            advance(index, None)
+        while asked:
+            codes = [code for code in ends.values() if isinstance(code, int) and code > FIRST_SIGNAL]
+            if codes:
+                for index in list(asked):
+                    advance(index, Interrupted(codes[0] - FIRST_SIGNAL))
+                continue
+            anyone = next(iter(asked.values()))
+            before = together
+            together, metrics = step(together, side_by_side([asked.get(i, anyone) for i in range(len(members))]))
+            # A captured step writes into the state that it returned before, and so into its parts.
+            parts = parts if together is before else _unstack(together, len(members))
+            own = _unstack(metrics if len(members) == 1 else tree.map(torch.t, metrics), len(members))
+            for index in list(asked):
+                advance(index, (parts[index], own[index]))
+    finally:
+        for member in members:
+            member.close()
+    return [ends[index] for index in range(len(members))]
+
+
+def _unstack(stacked: Any, count: int) -> list[Any]:
+    """Views of the members' parts."""
+    if count == 1:
+        return [stacked]
+    columns = [leaf.unbind() for leaf in tree.leaves(stacked)]
+    return [tree.replace_leaves(stacked, [column[index] for column in columns]) for index in range(count)]

@@ -1,0 +1,138 @@
+"""A population, carried out by a program that knows how to carry out one run: shares of ranks, groups, a table."""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hyperfunc import population, sweep
+from hyperfunc.console import Printer
+from hyperfunc.distributed import Alone, Apart, Ranks
+from hyperfunc.interrupt import Interrupts
+from hyperfunc.population import FIRST_SIGNAL
+
+EXIT_FAILED = 1
+
+SEEDS_PER_STEP = 8
+"""Runs in one step on a GPU unless said otherwise; on the CPU such a step takes longer than as many single ones."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a program does for one run, and for several that share a step.
+
+    Attributes:
+        locked: `locked(config, ranks)`: keeps a run's files for it alone.
+        set_up: `set_up(config, ranks, device, printer, like)`: a run in memory, with `state`, `steps_done`, `dataset`,
+            `normalization`, `make_step` and `progress`; it shares with the run `like`, if there is one, what it can.
+        start: `start(runs, printer)`: gives runs the engine; of several the first one's step is that of them all.
+        carry_out: `carry_out(run, interrupts, printer)`: see `population.Member`.
+    """
+
+    locked: Callable[[Any, Ranks], contextlib.AbstractContextManager[None]]
+    set_up: Callable[[Any, Ranks, torch.device, Printer, Any], Any]
+    start: Callable[[Sequence[Any], Printer], Any]
+    carry_out: Callable[[Any, Interrupts, Printer], population.Member]
+
+
+def carry_out(
+    program: Program,
+    members: Sequence[sweep.Member],
+    at_once: int,
+    ranks: Ranks,
+    device: torch.device,
+    interrupts: Interrupts,
+    printer: Printer,
+) -> tuple[int, list[sweep.Result]]:
+    """Trains this rank's share of all runs; returns the exit code and, of the runs of all ranks, what came out of those
+    that are over.
+
+    Args:
+        program: What trains a run.
+        members: All runs, the same on every rank.
+        at_once: Runs in one step, at most; 0 means `SEEDS_PER_STEP` on a GPU, or this rank's share, and 1 on the CPU.
+        ranks: All of them.
+        device: Of this one.
+        interrupts: Signals that end all runs; deferred here, once there is something to save.
+        printer: For lines about single runs, each with its name before it.
+    """
+    if not at_once:
+        at_once = min(SEEDS_PER_STEP, math.ceil(len(members) / ranks.world)) if device.type == "cuda" else 1
+    own = Apart(ranks)
+    results: list[sweep.Result] = []
+    for group in sweep.groups(members, at_once)[ranks.rank :: ranks.world]:
+        if own.agree(interrupts.received) is None:
+            results += _carry_out_group(program, group, own, device, interrupts, printer)
+    number = own.agree(interrupts.received)
+    code = EXIT_FAILED if any(result.failed for result in results) else 0
+    code = code if number is None else FIRST_SIGNAL + number
+    gathered = [json.loads(text) for text in ranks.gather(json.dumps([code, results]))]
+    order = [config.checkpoint_path for _, config in members]
+    every = [sweep.Result(*row) for _, rows in gathered for row in rows]
+    return max(code for code, _ in gathered), sorted(every, key=lambda result: order.index(result.checkpoint))
+
+
+def _carry_out_group(
+    program: Program,
+    group: Sequence[sweep.Member],
+    ranks: Alone,
+    device: torch.device,
+    interrupts: Interrupts,
+    printer: Printer,
+) -> list[sweep.Result]:
+    # Dynamo counts what it compiles by the code alone, and gives up after eight times.
+    torch.compiler.reset()
+    with contextlib.ExitStack() as stack:
+        runs: list[Any] = []
+        speakers = [Printer(quiet=printer.quiet, prefix=f"{sweep.name_of(flags)}  ") for flags, _ in group]
+        for (_, config), speaker in zip(group, speakers, strict=True):
+            stack.enter_context(program.locked(config, ranks))
+            speaker.quiet = printer.quiet or bool(runs)
+            runs.append(program.set_up(config, ranks, device, speaker, runs[0] if runs else None))
+            speaker.quiet = printer.quiet
+        interrupts.defer()
+        ends: dict[int, int | FloatingPointError] = {}
+        for indices in _at_one_step(runs):
+            together = [runs[index] for index in indices]
+            if len(together) > 1:
+                load = population.make_load([r.dataset.train for r in together], [r.normalization for r in together])
+                together[0].step = population.map_step(together[0].make_step(load))
+            program.start(together, speakers[indices[0]])
+            started = [program.carry_out(runs[index], interrupts, speakers[index]) for index in indices]
+            found = population.in_step(started, together[0].step, [run.state for run in together])
+            ends |= dict(zip(indices, found, strict=True))
+    results: list[sweep.Result] = []
+    for index, ((flags, config), run) in enumerate(zip(group, runs, strict=True)):
+        end, progress = ends[index], run.progress
+        if isinstance(end, FloatingPointError):
+            speakers[index].warn(f"failed: {end}")
+            results.append(sweep.Result(flags, config.checkpoint_path, None, None, 0, str(end)))
+        elif progress.epoch >= config.epochs:
+            last, best = (
+                progress.history[epoch - 1]["test/accuracy"] for epoch in (progress.epoch, progress.best_epoch)
+            )
+            failed = "" if end != EXIT_FAILED else "not saved"
+            results.append(sweep.Result(flags, config.checkpoint_path, last, best, progress.best_epoch, failed))
+    return results
+
+
+def _at_one_step(runs: Sequence[Any]) -> Iterator[list[int]]:
+    """The indices of runs that stand at the same step: after a kill between two saves that may not be all."""
+    for position in sorted({run.steps_done for run in runs}):
+        yield [index for index, run in enumerate(runs) if run.steps_done == position]
+
+
+def write_table(path: Path, results: Sequence[sweep.Result], chosen_by: str, printer: Printer) -> None:
+    """Prints the table and writes path.json and path.md.
+
+    Raises:
+        OSError: They cannot be written.
+    """
+    for line in ["", *sweep.markdown(results, chosen_by).splitlines()]:
+        printer.say(line)
+    sweep.write_table(path, results, chosen_by)

@@ -1,0 +1,305 @@
+"""Several runs in one step, the runs that a sweep consists of, and train.py --seeds as a user starts it."""
+
+import json
+import math
+import signal
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    RunHere,
+    assert_refused,
+    assert_trees_equal,
+    interrupt_train,
+    make_folder,
+    names_in,
+    run_train,
+    small,
+)
+
+import hyperfunc as hf
+from hyperfunc import checkpoint, data, journal, optim, population, sweep, training, tree
+from hyperfunc.interrupt import Interrupted
+
+EPOCHS, BATCH, COUNT = 2, 4, 10
+MODEL = hf.hyper_resnet(10, num_classes=3, z_dim=4)
+# Not Adam: biases before a batch norm have a gradient of zero but for rounding, and Adam makes a whole step of that.
+OPTIMIZER = optim.sgd(optim.constant(0.05), weight_decay=0.0005)
+
+
+class Single:
+    """A run in float64, with training pictures of its own where asked for."""
+
+    def __init__(self, seed: int, *, own: bool = False) -> None:
+        self.seed = seed
+        pixels = data.seeded_generator("pixels", seed if own else 0)
+        images = torch.randint(256, (COUNT, 8, 8, 3), generator=pixels, dtype=torch.uint8)
+        self.images = data.Images(images, torch.arange(COUNT) % 3)
+        self.normalization = tree.to(data.measure(self.images), torch.float64)
+        params, batch_stats = tree.to(MODEL.init(data.seeded_generator("init", seed)), torch.float64)
+        self.state = training.TrainState(torch.tensor(0), params, batch_stats, OPTIMIZER.init(params))
+        self.seen: list[float] = []
+
+    def run(self, fails_at: int | None = None, stops_at: int | None = None) -> population.Member:
+        """Batches of 4, 4 and 2, and an evaluation at the end of an epoch."""
+        steps = 0
+        load = data.make_eval_load(self.normalization)
+        for epoch in range(EPOCHS):
+            for rows in data.batches(data.draw_epoch(self.seed, epoch, COUNT), BATCH):
+                try:
+                    self.state, metrics = yield rows
+                except Interrupted as interrupt:
+                    return 128 + interrupt.number
+                steps += 1
+                if steps == fails_at:
+                    raise FloatingPointError(f"seed {self.seed}")
+                if steps == stops_at:
+                    return 128 + signal.SIGTERM
+                self.seen += metrics.loss.tolist()
+            found = training.evaluate(MODEL, self.state.params, self.state.batch_stats, [load(self.images)])
+            self.seen.append(float(found.loss))
+        return 0
+
+
+def single_step(run: Single) -> training.Step:
+    load = data.make_train_load(run.images, run.normalization)
+    return training.scan(training.make_train_step(MODEL, OPTIMIZER, load=load), BATCH)
+
+
+def step_of(runs: list[Single]) -> training.Step:
+    load = population.make_load([runs[0].images] * len(runs), [run.normalization for run in runs])
+    if runs[1].images.pixels is not runs[0].images.pixels:
+        load = population.make_load([run.images for run in runs], [run.normalization for run in runs])
+    return training.scan(population.map_step(training.make_train_step(MODEL, OPTIMIZER, load=load)), BATCH)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_member_is_the_single_run_of_its_seed(own: bool) -> None:
+    alone = [Single(seed, own=own) for seed in range(3)]
+    for run in alone:
+        assert population.in_step([run.run()], single_step(run), [run.state]) == [0]
+    runs = [Single(seed, own=own) for seed in range(3)]
+    assert population.in_step([run.run() for run in runs], step_of(runs), [run.state for run in runs]) == [0, 0, 0]
+    for ours, theirs in zip(runs, alone, strict=True):
+        assert len(ours.seen) == EPOCHS * 4
+        assert ours.seen == pytest.approx(theirs.seen, rel=1e-9)
+        for path, leaf in tree.named_leaves(ours.state).items():
+            torch.testing.assert_close(leaf, tree.named_leaves(theirs.state)[path], rtol=1e-7, atol=1e-9, msg=path)
+    assert not math.isclose(runs[0].seen[0], runs[1].seen[0], rel_tol=1e-3)
+
+
+def test_a_member_that_fails_leaves_the_others_as_they_are() -> None:
+    whole = [Single(seed) for seed in range(3)]
+    step = step_of(whole)
+    population.in_step([run.run() for run in whole], step, [run.state for run in whole])
+    runs = [Single(seed) for seed in range(3)]
+    members = [run.run(fails_at=2 if run.seed == 1 else None) for run in runs]
+    ends = population.in_step(members, step, [run.state for run in runs])
+    assert [type(end) for end in ends] == [int, FloatingPointError, int]
+    assert str(ends[1]) == "seed 1"
+    for index in (0, 2):
+        assert runs[index].seen == whole[index].seen
+        assert_trees_equal(tree.named_leaves(runs[index].state), tree.named_leaves(whole[index].state))
+
+
+def test_all_members_stop_at_the_same_step() -> None:
+    runs = [Single(seed) for seed in range(3)]
+    members = [run.run(stops_at=2 if run.seed == 1 else None) for run in runs]
+    ends = population.in_step(members, step_of(runs), [run.state for run in runs])
+    assert ends == [128 + signal.SIGTERM] * 3
+    assert [int(run.state.step) for run in runs] == [2, 2, 2]
+
+
+# Which runs there are, and the table
+
+
+def test_combinations_and_names() -> None:
+    found = sweep.combinations({"seed": [0, 1], "lr": [0.1, 0.2]})
+    assert [sweep.name_of(flags) for flags in found] == ["lr0.1.seed0", "lr0.1.seed1", "lr0.2.seed0", "lr0.2.seed1"]
+    assert sweep.path_of("a/run.pth", {"batch_size": 8, "seed": 1}) == "a/run.batch-size8.seed1.pth"
+    assert sweep.path_of("a/run.1", {"seed": 1}) == "a/run.1.seed1"
+    groups = sweep.groups([(flags, None) for flags in found], 2)
+    assert [[sweep.name_of(flags) for flags, _ in group] for group in groups] == [
+        ["lr0.1.seed0", "lr0.1.seed1"],
+        ["lr0.2.seed0", "lr0.2.seed1"],
+    ]
+    assert [len(group) for group in sweep.groups([({"seed": s}, None) for s in range(5)], 2)] == [2, 2, 1]
+
+
+def test_the_table_has_mean_and_sample_deviation_of_those_that_came_to_an_end(tmp_path: Path) -> None:
+    results = [
+        sweep.Result({"lr": 0.1, "seed": 0}, "a.pth", 90.0, 91.0, 3),
+        sweep.Result({"lr": 0.1, "seed": 1}, "b.pth", 92.0, 92.5, 4),
+        sweep.Result({"lr": 0.1, "seed": 2}, "c.pth", None, None, 0, "not finite"),
+        sweep.Result({"lr": 9.0, "seed": 0}, "d.pth", 10.0, 10.0, 1),
+    ]
+    first, second = sweep.lines(results)
+    assert (first.n, first.failed, first.flags) == (2, 1, {"lr": 0.1})
+    assert first.last == (91.0, pytest.approx(math.sqrt(2)))
+    assert first.best == (91.75, pytest.approx(statistics.stdev([91.0, 92.5])))
+    assert second.n == 1
+    assert math.isnan(second.last[1])
+    sweep.write_table(tmp_path / "run.population", results, "held-out pictures")
+    content = json.loads((tmp_path / "run.population.json").read_text())
+    assert content["table"][1]["last"] == {"mean": 10.0, "std": None}
+    assert content["runs"][2]["failed"] == "not finite"
+    shown = (tmp_path / "run.population.md").read_text()
+    assert "| 91.00 ± 1.41 %" in shown
+    assert "| 10.00 % " in shown
+
+
+# The program
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures for three batches of 8 an epoch."""
+    return make_folder(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "--sweep: g.json: cannot be read as JSON: "),
+        ("[]", "--sweep: g.json: expected flags with lists of values"),
+        ('{"lr": 0.1}', "--sweep: g.json: lr: got 0.1, expected a list of values"),
+        ('{"lr": []}', "--sweep: g.json: lr: got [], expected a list of values"),
+        ('{"lr": ["a"]}', "--sweep: g.json: argument --lr: invalid float value: 'a'"),
+        ('{"lr": [-1]}', "--sweep: g.json: --lr: got -1.0, expected at least 1e-12"),
+        ('{"depth": [11]}', "--sweep: g.json: depth: got 11"),
+        ('{"optimizer": ["sdg"]}', "--sweep: g.json: argument --optimizer: invalid choice: 'sdg'"),
+        ('{"device": ["cpu"]}', "--sweep: g.json: device: not a flag that a sweep can have"),
+        ('{"lr": [0.1], "lr": [0.2]}', "--sweep: g.json: cannot be read as JSON: a key is there twice"),
+        ('{"lr": [1, 1.0]}', "--sweep: g.json: two of the runs are the same"),
+        ('{"seed": [0, 0]}', "--sweep: g.json: seed: got [0, 0], where a value is given twice"),
+    ],
+)
+def test_a_sweep_is_checked_as_the_command_line_is(
+    tmp_path: Path, run_here: RunHere, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    (tmp_path / "g.json").write_text(content)
+    refused(run_here, capsys, ["--sweep", "g.json"], message)
+    assert names_in(tmp_path) == ["g.json"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds", "0,"], "--seeds: got '0,', expected seeds with commas between"),
+        (["--seeds", "1,1"], "--seeds: got '1,1', where a seed is given twice"),
+        (["--seeds", "1,2", "--seed", "3"], "--seed: got 3 beside other seeds"),
+        (["--seeds", "1,2", "--resume"], "--resume: no run has a checkpoint"),
+        (["--seeds", "1", "--sync-bn"], "--sync-bn: not with --seeds"),
+        (["--seeds", "1", "--wandb-mode", "online"], "--wandb-mode: got online, but"),
+        (["--sweep", "none.json"], "--sweep: none.json: cannot be read as JSON: "),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    run_here: RunHere, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    refused(run_here, capsys, flags, message)
+
+
+def refused(run_here: RunHere, capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_here(*flags)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def results(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["runs"]
+
+
+def first_report(path: Path) -> dict[str, Any]:
+    return next(row for row in journal.read_rows(path) if row["kind"] == "report")
+
+
+def test_seeds_are_the_single_runs_with_checkpoint_journal_and_table(
+    folder: Path, tmp_path: Path, run_here: RunHere
+) -> None:
+    """Held-out pictures are other ones for every seed, and so is the normalization."""
+    flags = small(folder, "--epochs", "1", "--val-size", "4", "--report-every", "1")
+    done = run_here(*flags, "--seeds", "3,5", "--seeds-per-step", "2", "--checkpoint-path", "run.pth")
+    assert done.returncode == 0, done.stderr
+    of_runs = [f"run.seed{seed}{ending}" for seed in (3, 5) for ending in (".metrics.jsonl", ".pth")]
+    assert names_in(tmp_path) == ["run.population.json", "run.population.md", *of_runs]
+    for seed, found in zip((3, 5), results(tmp_path / "run.population.json"), strict=True):
+        assert run_here(*flags, "--seed", str(seed), "--checkpoint-path", "one.pth").returncode == 0
+        ours, theirs = (first_report(tmp_path / f"{name}.metrics.jsonl") for name in (f"run.seed{seed}", "one"))
+        assert ours["batch/loss"] == pytest.approx(theirs["batch/loss"], rel=1e-5)
+        assert ours["batch/accuracy"] == theirs["batch/accuracy"]
+        progress = checkpoint.load(tmp_path / f"run.seed{seed}.pth").notes["progress"]
+        assert found["last"] == progress["history"][-1]["test/accuracy"]
+        assert (found["best_epoch"], found["flags"]) == (1, {"seed": seed})
+        hf.load(tmp_path / f"run.seed{seed}.pth")
+
+
+def test_one_seed_a_step_is_the_single_run_to_the_bit(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    flags = small(folder, "--epochs", "1")
+    (tmp_path / "g.json").write_text('{"lr": [0.01], "seed": [4]}')
+    assert run_here(*flags, "--sweep", "g.json", "--checkpoint-path", "run.pth").returncode == 0
+    assert run_here(*flags, "--seed", "4", "--lr", "0.01", "--checkpoint-path", "one.pth").returncode == 0
+    ours, theirs = (checkpoint.load(tmp_path / name).tensors for name in ("run.lr0.01.seed4.pth", "one.pth"))
+    assert_trees_equal(ours, theirs)
+
+
+def test_stopped_and_resumed_is_as_if_undisturbed(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    """Three runs in groups of two: when the signal comes the second group has not begun."""
+    flags = small(folder, "--epochs", "3", "--seeds", "0,1,2", "--seeds-per-step", "2", "--report-every", "1")
+    assert run_here(*flags, "--checkpoint-path", "whole.pth").returncode == 0
+    stopped = [*flags, "--checkpoint-path", "run.pth"]
+    code, output, _ = interrupt_train(*stopped, cwd=tmp_path, after="seed0  epoch 2/3", number=signal.SIGTERM)
+    assert code == 143, output
+    notes = [checkpoint.load(tmp_path / f"run.seed{s}.pth").notes["progress"] for s in (0, 1)]
+    assert notes[0]["epoch"] == notes[1]["epoch"] >= 1
+    assert notes[0]["batch"] == notes[1]["batch"]
+    assert not (tmp_path / "run.seed2.pth").exists()
+    assert not (tmp_path / "run.population.json").exists()
+    done = run_here(*stopped, "--resume")
+    assert done.returncode == 0, done.stderr
+    for seed in range(3):
+        ours, theirs = (checkpoint.load(tmp_path / f"{name}.seed{seed}.pth").tensors for name in ("run", "whole"))
+        assert_trees_equal(ours, theirs)
+    ours, theirs = (results(tmp_path / f"{name}.population.json") for name in ("run", "whole"))
+    assert [row["last"] for row in ours] == [row["last"] for row in theirs]
+    again = run_here(*stopped, "--resume")
+    assert again.returncode == 0
+    assert again.stdout.count("nothing to do") == 3
+
+
+def test_a_run_that_diverges_is_in_the_table_and_the_exit_code(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    (tmp_path / "g.json").write_text('{"lr": [0.002, 1e9], "epochs": [1]}')
+    done = run_here(*small(folder, "--sweep", "g.json", "--checkpoint-path", "run.pth"))
+    assert done.returncode == 1
+    good, bad = results(tmp_path / "run.population.json")
+    assert (good["failed"], bad["last"]) == ("", None)
+    assert "the loss is" in bad["failed"]
+    assert "is not finite" in done.stderr
+
+
+@pytest.mark.slow
+def test_ranks_take_shares_of_the_runs_and_a_signal_ends_all(folder: Path, tmp_path: Path) -> None:
+    flags = small(folder, "--epochs", "2", "--seeds", "0,1,2", "--timeout", "10", "--checkpoint-path", "run.pth")
+    done = run_train(*flags, "--devices", "cpu:2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Mean ± sample") == 1
+    assert run_train(*flags, "--checkpoint-path", "one.pth", cwd=tmp_path).returncode == 0
+    for seed in range(3):
+        ours, theirs = (checkpoint.load(tmp_path / f"{name}.seed{seed}.pth").tensors for name in ("run", "one"))
+        assert_trees_equal(ours, theirs)
+    flags = [*flags, "--checkpoint-path", "two.pth", "--epochs", "60", "--devices", "cpu:2"]
+    code, output, _ = interrupt_train(*flags, cwd=tmp_path, after="seed1  epoch 2/60", number=signal.SIGTERM)
+    assert code == 143, output
+    assert all(checkpoint.load(tmp_path / f"two.seed{seed}.pth").notes["progress"]["epoch"] for seed in (0, 1))
+
+
+def test_a_table_has_one_writer(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    with hf.files.lock_for(tmp_path / "run.population"):
+        done = run_here(*small(folder, "--seeds", "0,1", "--checkpoint-path", "run.pth"))
+    assert_refused(done, "another run is writing to")
