@@ -291,8 +291,10 @@ def make_forward(module: nn.Module) -> Forward:
             new_stats = tree.mapped_with(new_stats, (weights, args, kwargs))
         with nullcontext() if seed is None else Seeded(seed):
             # Without strict=True a name that the module does not know would be passed over in silence.
-            output = functional_call(modules[train], ({**weights, **new_stats},), args, kwargs, strict=True)
-        return output, new_stats
+            values = {**weights, **new_stats}
+            output = functional_call(modules[train], values, args, kwargs, strict=True)
+        # A buffer that forward replaced, instead of writing into it, is in `values` alone.
+        return output, {name: values[name] for name in new_stats}
 
     return forward
 
