@@ -188,7 +188,8 @@ def hyperize(
 
     Raises:
         ValueError: A target matches no parameter, or one that cannot be generated; nothing is left to generate; or the
-            module is lazily initialised, quantized, or spread over devices.
+            module cannot be a primary network as it is: it is lazily initialised, quantized, compiled or spread over
+            devices, has complex parameters, or holds or writes parameters where apply cannot replace them.
     """
     check_sizes(unit, z_dim, hidden_dim)
     check_module(module)

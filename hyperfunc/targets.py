@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from hyperfunc.layers import is_linear_map, is_weight, kernel_of
 from hyperfunc.tiling import Kernel
@@ -72,12 +72,6 @@ def _uses(module: nn.Module) -> dict[str, list[Use]]:
 
 
 def _kernel(name: str, uses: list[Use], unit: tuple[int, int]) -> Kernel:
-    parameter: Tensor = uses[0].layer.get_parameter(uses[0].short_name)
-    if not parameter.is_floating_point():
-        raise ValueError(
-            f"targets: {name} is {str(parameter.dtype).removeprefix('torch.')}, and only real floating-point "
-            "parameters can be generated; leave it out of the targets, or hyperize the module before it is quantized"
-        )
     try:
         kernels = [kernel_of(use.layer, use.short_name, unit) for use in uses]
     except ValueError as error:

@@ -78,14 +78,6 @@ def test_a_module_without_targets_is_named(module: nn.Module) -> None:
         hf.hyperize(module)
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.cfloat])
-def test_complex_targets_are_named(dtype: torch.dtype) -> None:
-    module = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16, dtype=dtype), nn.Linear(16, 16))
-    with pytest.raises(ValueError, match="targets: 1.weight is complex64, and only real floating-point parameters"):
-        hf.hyperize(module)
-    hf.hyperize(module, targets="0.weight")
-
-
 class TiedHead(nn.Module):
     """The head of a small language model is its embedding."""
 
