@@ -63,7 +63,7 @@ def _uses(module: nn.Module) -> dict[str, list[Use]]:
     """All parameters by the first of their names, and where each of them stands."""
     names: dict[int, str] = {}
     uses: dict[str, list[Use]] = {}
-    for path, layer in module.named_modules():
+    for path, layer in module.named_modules(remove_duplicate=False):
         for short_name, parameter in layer.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{path}.{short_name}" if path else short_name
             first = names.setdefault(id(parameter), name)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torchvision
+from helpers import unchecked
 from torch import Tensor, nn
 
 import hyperfunc as hf
@@ -115,3 +116,22 @@ def test_the_weight_of_the_last_layer_is_left_out_by_whatever_name() -> None:
     module = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
     module[3].weight = module[1].weight
     assert hf.hyperize(module).tiling.names == ("2.weight",)
+
+
+@pytest.mark.parametrize("name", ["0.weight", "2.weight", "2.*ght"])
+def test_a_shared_layer_is_found_by_each_of_its_names(name: str) -> None:
+    layer = nn.Linear(16, 16)
+    assert hf.hyperize(nn.Sequential(layer, nn.ReLU(), layer), targets=name).tiling.names == ("0.weight",)
+
+
+def test_targets_of_one_generator_have_one_dtype() -> None:
+    module = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16).double())
+    message = "targets: 0.weight is float32 and 1.weight is float64, and one generator, 'matrix', makes both; convert"
+    with pytest.raises(ValueError, match=message):
+        hf.hyperize(module, targets=nn.Linear)
+    assert hf.hyperize(module, targets="1.weight").tiling.names == ("1.weight",)
+
+
+def test_a_unit_has_two_extents() -> None:
+    with pytest.raises(ValueError, match=r"unit: got 16, expected two positive channel counts \(out, in\)"):
+        unchecked(hf.hyperize)(nn.Linear(16, 16), targets="weight", unit=16)
