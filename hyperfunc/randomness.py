@@ -42,8 +42,8 @@ class Seeded(TorchFunctionMode):
     """A context in which what is random is a function of `seed` alone.
 
     All kinds of dropout in torch.nn are, that of attention included, fractional pooling, `rand`, `randn`, their
-    `_like`, `bernoulli`, and the methods `bernoulli_`, `uniform_` and `normal_`. Under `torch.vmap` a seed that is not mapped gives all members the
-    same numbers, and a mapped one gives each its own.
+    `_like`, `bernoulli`, and the methods `bernoulli_`, `uniform_` and `normal_`. Under `torch.vmap` a seed that is not
+    mapped gives all members the same numbers, and a mapped one gives each its own.
 
     What runs later is not in the context: the second forward pass of `torch.utils.checkpoint`, in a `backward()` after
     the context, drops anew.
@@ -298,6 +298,8 @@ _REFUSED = (
     torch.multinomial,
     torch.poisson,
     torch.binomial,
+    torch._standard_gamma,  # pyright: ignore[reportPrivateImportUsage]
+    torch._sample_dirichlet,  # pyright: ignore[reportPrivateImportUsage]
     torch.native_dropout,
     torch.dropout_,
     torch.feature_dropout,
