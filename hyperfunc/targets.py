@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from hyperfunc.layers import is_linear_map, is_weight, kernel_of
 from hyperfunc.tiling import Kernel
@@ -37,7 +38,8 @@ def choose(module: nn.Module, targets: Targets | None, unit: tuple[int, int]) ->
         unit: Output and input channels of a basic kernel.
 
     Raises:
-        ValueError: A target matches nothing, nothing is left to generate, or a target cannot be generated.
+        ValueError: A target matches nothing, nothing is left to generate, or a target cannot be generated; or a type
+            of module stands for a weight that is parametrized.
     """
     uses = _uses(module)
     if targets is None:
@@ -112,6 +114,9 @@ def _matches(module: nn.Module, uses: dict[str, list[Use]], target: Target) -> s
             raise ValueError(f"targets: the module has no parameter {target!r}{hint}")
         return found
     inside = {id(part) for layer in module.modules() if isinstance(layer, target) for part in layer.modules()}
+    for path, layer in module.named_modules():
+        if id(layer) in inside:
+            _check_parametrized(f"{path}." if path else "", layer, target, list(uses))
     found = {
         name
         for name, places in uses.items()
@@ -127,6 +132,18 @@ def _matches(module: nn.Module, uses: dict[str, list[Use]], target: Target) -> s
             "biases and norms are chosen by name"
         )
     return found
+
+
+def _check_parametrized(prefix: str, layer: nn.Module, target: type[nn.Module], names: list[str]) -> None:
+    """Raises a ValueError where the weight of a layer that a type stands for is computed from other parameters."""
+    hidden = layer.parametrizations if is_parametrized(layer) else None
+    for short_name in hidden if isinstance(hidden, nn.ModuleDict) else ():
+        if is_weight(layer, short_name):
+            parts = [name for name in names if name.startswith(f"{prefix}parametrizations.{short_name}.")]
+            raise ValueError(
+                f"targets: {prefix}{short_name} is in a {target.__name__}, but it is computed from {_list(parts)} and "
+                "no parameter; name what is to be generated, or remove the parametrization"
+            )
 
 
 def _title(module: nn.Module) -> str:

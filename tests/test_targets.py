@@ -135,3 +135,38 @@ def test_targets_of_one_generator_have_one_dtype() -> None:
 def test_a_unit_has_two_extents() -> None:
     with pytest.raises(ValueError, match=r"unit: got 16, expected two positive channel counts \(out, in\)"):
         unchecked(hf.hyperize)(nn.Linear(16, 16), targets="weight", unit=16)
+
+
+class Scale(nn.Module):
+    """A scale by channel, as a norm has one, under the name that the parameter is given."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.register_parameter(name, nn.Parameter(torch.ones(16)))
+
+
+@pytest.mark.parametrize("layer", [Scale("weight"), Scale("gamma"), nn.PReLU(16)])
+def test_a_vector_of_unknown_start_is_named(layer: nn.Module) -> None:
+    name = next(iter(dict(layer.named_parameters())))
+    message = rf"targets: 1.{name}: where its vector `{name}` starts is not known of {type(layer).__name__}; leave it"
+    with pytest.raises(ValueError, match=message):
+        hf.hyperize(nn.Sequential(nn.Linear(16, 16), layer), targets=["0.weight", "1.*"])
+
+
+def test_a_bias_of_an_unknown_layer_starts_at_zero(generator: torch.Generator) -> None:
+    model = hf.hyperize(nn.Sequential(Scale("bias")), targets="0.bias")
+    assert torch.equal(model.kernels(model.init(generator)[0])["0.bias"], torch.zeros(16))
+
+
+@pytest.mark.parametrize("target", [nn.Linear, nn.Sequential])
+def test_a_type_does_not_pass_over_a_parametrized_weight(target: type[nn.Module]) -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+    module = nn.Sequential(nn.Linear(16, 16), normed, nn.Linear(16, 16))
+    message = (
+        rf"targets: 1.weight is in a {target.__name__}, but it is computed from "
+        r"1.parametrizations.weight.original0, 1.parametrizations.weight.original1 and no parameter; name what"
+    )
+    with pytest.raises(ValueError, match=message):
+        hf.hyperize(module, targets=target)
+    name = "1.parametrizations.weight.original1"
+    assert hf.hyperize(module, targets=["0.weight", name]).tiling.names == ("0.weight", name)
