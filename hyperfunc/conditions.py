@@ -85,7 +85,8 @@ class Conditional(NamedTuple):
             sample from its own weights, and updates the one set of running statistics by them: what an ordinary
             network does, and exactly that where all conditions are equal. A loop over samples could not do that: it
             would normalise each sample by itself, unlike evaluation. Buffers of other kinds that a module writes are
-            those of the first sample. Under a `seed` dropout draws for each sample by itself.
+            those of the first sample. Under a `seed` dropout draws for each sample by itself. A `torch.autocast`
+            around the call does not reach the convolutions, because it stands outside of a vmap.
         at: `at(params, condition) -> Params` of `model`: the network of one condition by itself, for `materialize`,
             `save` and all else that takes a model's parameters.
         kernels: `kernels(params, condition) -> {name: tensor}`, the generated tensors.

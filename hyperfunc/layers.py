@@ -60,8 +60,8 @@ def kernel_of(layer: nn.Module, name: str, unit: tuple[int, int]) -> Kernel:
         if not is_norm and "bias" not in name:
             raise ValueError(
                 f"where its vector `{name}` starts is not known of {type(layer).__name__}; leave it out of the "
-                "targets, call it a bias if it may start at 0, or derive the layer from torch's norm if it is the scale "
-                "of one"
+                "targets, call it a bias if it may start at 0, or derive the layer from torch's norm if it is the "
+                "scale of one"
             )
         is_scale = is_norm and name == "weight"
         return Kernel(shape, (math.ceil(math.prod(shape) / unit[1]), unit[1]), 1, 0.0, mean=float(is_scale))
