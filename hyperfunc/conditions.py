@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -85,7 +85,8 @@ class Conditional(NamedTuple):
             sample from its own weights, and updates the one set of running statistics by them: what an ordinary
             network does, and exactly that where all conditions are equal. A loop over samples could not do that: it
             would normalise each sample by itself, unlike evaluation. Buffers of other kinds that a module writes are
-            those of the first sample. Under a `seed` dropout draws for each sample by itself.
+            those of the first sample. Under a `seed` dropout draws for each sample by itself. A `torch.autocast`
+            around the call does not reach the convolutions, because it stands outside of a vmap.
         at: `at(params, condition) -> Params` of `model`: the network of one condition by itself, for `materialize`,
             `save` and all else that takes a model's parameters.
         kernels: `kernels(params, condition) -> {name: tensor}`, the generated tensors.
@@ -202,12 +203,14 @@ def table(count: int) -> Encoder:
     if count < 1:
         raise ValueError(f"count: got {count}, expected at least 1 task")
 
-    def apply(_params: Any, conditions: Int[Tensor, "n"]) -> Float[Tensor, "n count"]:
-        if conditions.dim() != 1 or conditions.is_floating_point() or conditions.is_complex():
+    def apply(_params: Any, conditions: Integer[Tensor, "n"]) -> Float[Tensor, "n count"]:
+        whole = not (conditions.is_floating_point() or conditions.is_complex() or conditions.dtype == torch.bool)
+        if conditions.dim() != 1 or not whole:
             raise ValueError(
                 f"condition: got {tree.describe(conditions[0])}, expected the number of a task, an integer tensor of "
                 "shape () for one condition and (n,) for a batch"
             )
+        conditions = conditions.long()  # as an index uint8 would be a mask
         if tree.is_readable(conditions) and not bool(((conditions >= 0) & (conditions < count)).all()):
             raise ValueError(f"condition: got task {conditions.tolist()}, expected 0 to {count - 1}")
         return torch.eye(count, device=conditions.device)[conditions]
@@ -235,7 +238,9 @@ def bounded(low: Sequence[float], high: Sequence[float]) -> Encoder:
                 f"condition: got the shape {tuple(conditions.shape[1:])}, expected ({len(lows)},), an entry for each "
                 "pair of bounds"
             )
-        return encode_bounded((conditions - conditions.new_tensor(lows)) / conditions.new_tensor(spans))
+        # By numbers and not by tensors of them, which a CUDA graph could not copy to the device.
+        columns = zip(conditions.unbind(1), lows, spans, strict=True)
+        return encode_bounded(torch.stack([(column - lower) / span for column, lower, span in columns], dim=1))
 
     return Encoder(lambda _generator: {}, apply, 2 * len(lows))
 
@@ -252,7 +257,8 @@ def from_module(module: nn.Module, code_dim: int) -> Encoder:
         code_dim: Length of what it puts out.
 
     Raises:
-        ValueError: The module normalises over the batch, which would make a code depend on other conditions.
+        ValueError: The module normalises over the batch, which would make a code depend on other conditions. The
+            encoder raises one for conditions that the module cannot take.
     """
     for path, layer in module.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
@@ -263,13 +269,26 @@ def from_module(module: nn.Module, code_dim: int) -> Encoder:
     values = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     skeleton = copy.deepcopy(module).eval()
+    # By device, so that a call copies nothing to one that a model was initialised on: a CUDA graph could not.
+    ready: dict[torch.device, dict[str, Tensor]] = {}
 
     def init(generator: Generator) -> dict[str, Tensor]:
+        moved = tree.to(buffers, generator.device)
+        ready.update({leaf.device: moved for leaf in moved.values()})
         return tree.map(lambda leaf: leaf.to(generator.device, copy=True), values)
 
     def apply(params: Mapping[str, Tensor], conditions: Tensor) -> Tensor:
-        constants = {name: buffer.to(conditions.device) for name, buffer in buffers.items()}
-        return functional_call(skeleton, {**params, **constants}, (conditions,), strict=True)
+        constants = ready[conditions.device] if conditions.device in ready else tree.to(buffers, conditions.device)
+        try:
+            return functional_call(skeleton, {**params, **constants}, (conditions,), strict=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ValueError(
+                f"condition: the encoder's module ({type(module).__name__}) cannot take {len(conditions)} conditions, "
+                f"each {tree.describe(conditions[0])}: {error}; give conditions of the shape and dtype that it was "
+                "made for"
+            ) from error
 
     return Encoder(init, apply, code_dim)
 

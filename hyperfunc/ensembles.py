@@ -1,6 +1,9 @@
 """Several hypernetworks at once: one model, and parameters with a first dimension over its members.
 
 Whatever is a pure function of one member's state is one of all members' under `torch.vmap`, the training step too.
+
+A `torch.autocast` around a call of `Ensemble.apply` does not reach the convolutions, because it stands outside of the
+vmap; the `precision` of `training.make_train_step` does, under `map_step` too.
 """
 
 # torch.compile cannot trace the evaluation of an annotation, and functions are defined inside of what it traces.

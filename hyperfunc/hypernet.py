@@ -7,7 +7,7 @@ fits; only the embeddings differ between layers.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -137,9 +137,9 @@ def check_init(init: str) -> None:
         raise ValueError(f"init: got {init!r}, expected one of {', '.join(get_args(Init))}")
 
 
-def check_sizes(unit: tuple[int, int], z_dim: int, hidden_dim: int | None) -> None:
+def check_sizes(unit: Any, z_dim: int, hidden_dim: int | None) -> None:
     """Raises a ValueError where a generator cannot have these sizes."""
-    if len(unit) != 2 or min(unit) < 1:
+    if not isinstance(unit, Sequence) or len(unit) != 2 or min(unit) < 1:
         raise ValueError(f"unit: got {unit}, expected two positive channel counts (out, in)")
     for name, value in (("z_dim", z_dim), ("hidden_dim", hidden_dim)):
         if value is not None and value < 1:

@@ -49,13 +49,21 @@ def kernel_of(layer: nn.Module, name: str, unit: tuple[int, int]) -> Kernel:
             channels than that are folded to fill them.
 
     Raises:
-        ValueError: The parameter is a single number.
+        ValueError: The parameter is a single number, or a vector of a layer that is not known here, and by its name no
+            bias: it may be a scale, which at 0 would let nothing through.
     """
     shape = tuple(layer.get_parameter(name).shape)
     if not shape:
         raise ValueError("a single number has no channels to generate it by; leave it out of the targets")
     if len(shape) == 1 or isinstance(layer, NORMS):
-        is_scale = isinstance(layer, NORMS) and name == "weight"
+        is_norm = isinstance(layer, NORMS)
+        if not is_norm and "bias" not in name:
+            raise ValueError(
+                f"where its vector `{name}` starts is not known of {type(layer).__name__}; leave it out of the "
+                "targets, call it a bias if it may start at 0, or derive the layer from torch's norm if it is the "
+                "scale of one"
+            )
+        is_scale = is_norm and name == "weight"
         return Kernel(shape, (math.ceil(math.prod(shape) / unit[1]), unit[1]), 1, 0.0, mean=float(is_scale))
     if isinstance(layer, TRANSPOSED_CONVOLUTIONS) and name == "weight":
         return _transposed(layer, shape, unit)

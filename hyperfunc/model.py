@@ -74,7 +74,8 @@ class Model(NamedTuple):
             nothing. Under a `seed` (an int, or a tensor of one) all that is random, as dropout is, is a function of it.
             A module with layers of dropout asks for one in training; what a module draws otherwise without one comes
             from torch's global generator. See `randomness`.
-        kernels: `kernels(params) -> {name: tensor}`, the generated tensors.
+        kernels: `kernels(params) -> {name: tensor}`, the generated tensors. A ValueError where the embeddings are not
+            as many as the model has basic kernels, as in all functions that generate.
         forward: `apply` from ready weights, which `weights(params)` gives: for many batches under the same parameters.
         weights: `weights(params) -> {name: tensor}`, all parameters of the primary network, generated and ordinary.
         tiling: What is generated, and from how many basic kernels.
@@ -187,8 +188,10 @@ def hyperize(
         init: See `hypernet.init_generator`.
 
     Raises:
-        ValueError: A target matches no parameter, or one that cannot be generated; nothing is left to generate; or the
-            module is lazily initialised, quantized, or spread over devices.
+        ValueError: A target matches no parameter, or one that cannot be generated; nothing is left to generate; targets
+            of one window differ in dtype; or the
+            module cannot be a primary network as it is: it is lazily initialised, quantized, compiled or spread over
+            devices, has complex parameters, or holds or writes parameters where apply cannot replace them.
     """
     check_sizes(unit, z_dim, hidden_dim)
     check_module(module)
@@ -291,8 +294,10 @@ def make_forward(module: nn.Module) -> Forward:
             new_stats = tree.mapped_with(new_stats, (weights, args, kwargs))
         with nullcontext() if seed is None else Seeded(seed):
             # Without strict=True a name that the module does not know would be passed over in silence.
-            output = functional_call(modules[train], ({**weights, **new_stats},), args, kwargs, strict=True)
-        return output, new_stats
+            values = {**weights, **new_stats}
+            output = functional_call(modules[train], values, args, kwargs, strict=True)
+        # A buffer that forward replaced, instead of writing into it, is in `values` alone.
+        return output, {name: values[name] for name in new_stats}
 
     return forward
 
@@ -314,6 +319,8 @@ def _make_model(
     parameters = dict(module.named_parameters())
     tiling = tile(kernels_by_name, unit)
     generated = set(tiling.names)
+    units_of = {key: sum(layer.units for layer in layers) for key, layers in tiling.layers.items()}
+    _check_dtypes(tiling, parameters)
 
     def init_params(generator: Generator) -> tuple[Params, BatchStats]:
         generators: dict[str, HyperNetParams] = {}
@@ -331,6 +338,11 @@ def _make_model(
         return Params(generators, embeddings, primary), batch_stats
 
     def kernels(params: Params) -> dict[str, Tensor]:
+        found = {key: len(z) if z.dim() == 2 else tuple(z.shape[:-1]) for key, z in params.embeddings.items()}
+        if found != units_of:
+            raise ValueError(
+                f"params: they hold embeddings {found} and the model needs {units_of}; give those of its init"
+            )
         whole: dict[str, Tensor] = {}
         for key, layers in tiling.layers.items():
             units = generate_kernels_at_once(params.generator[key], params.embeddings[key])
@@ -354,6 +366,20 @@ def _make_model(
         return forward(weights(params), batch_stats, *args, train=train, seed=seed, **kwargs)
 
     return Model(init_params, apply, kernels, forward, weights, tiling, module, recipe)
+
+
+def _check_dtypes(tiling: Tiling, parameters: Mapping[str, Tensor]) -> None:
+    """Raises a ValueError where tensors of different dtypes are to come out of one generator."""
+    for key, layers in tiling.layers.items():
+        first = layers[0].name
+        for layer in layers:
+            dtype, other = parameters[first].dtype, parameters[layer.name].dtype
+            if other != dtype:
+                raise ValueError(
+                    f"targets: {first} is {str(dtype).removeprefix('torch.')} and {layer.name} is "
+                    f"{str(other).removeprefix('torch.')}, and one generator, '{key}', makes both; convert the module "
+                    "to one dtype, or leave one of them out of the targets"
+                )
 
 
 def _meta_resnet(depth: int, width: int, num_classes: int, *, shortcut: Shortcut, block: Block) -> ResNet:

@@ -85,8 +85,12 @@ def summary(model: Model, params: Params | None = None) -> Summary:
         params: Its parameters, for the standard deviations that its tensors have now instead of those they start with.
 
     Raises:
-        ValueError: `params` do not belong to `model`.
+        ValueError: `params` do not belong to `model`, or it is no `Model`.
     """
+    if not isinstance(model, Model):
+        raise ValueError(
+            f"model: got {type(model).__name__}, expected a Model; that of a Conditional or an Ensemble is its `model`"
+        )
     rows = {
         layer.name: Row(layer.name, layer.shape, key, layer.grid, layer.units, layer.fan_in, layer.kernel.std)
         for key, layers in model.tiling.layers.items()
@@ -113,10 +117,6 @@ def summary(model: Model, params: Params | None = None) -> Summary:
 
 
 def _measured(model: Model, params: Params) -> Iterable[float]:
-    expected = {key: sum(layer.units for layer in layers) for key, layers in model.tiling.layers.items()}
-    found = {key: len(z) for key, z in params.embeddings.items()}
-    if found != expected:
-        raise ValueError(f"params: they hold embeddings {found} and the model needs {expected}; give those of its init")
     kernels = model.kernels(params)
     return [kernels[name].detach().double().std(correction=0).item() for name in model.tiling.names]
 

@@ -1,7 +1,7 @@
 """Any module as primary network: what it must be, its copy without data, and what must fit it."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,17 @@ from hyperfunc import tree
 
 def check_module(module: nn.Module) -> None:
     """Raises a ValueError, naming the place and the cure, where `module` cannot be a primary network as it is."""
+    registered = {id(parameter): f"the parameter {name}" for name, parameter in module.named_parameters()}
+    registered |= {id(buffer): f"the buffer {name}" for name, buffer in module.named_buffers()}
     for path, layer in module.named_modules():
         place = f"module: {path or 'it'} ({type(layer).__name__})"
+        _check_wrapper(place, layer)
+        _check_plain_tensors(f"{path}." if path else "", layer, registered)
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.max_norm is not None:
+            raise ValueError(
+                f"{place} has max_norm={layer.max_norm}, by which a lookup writes into its own weight, a parameter; "
+                "make it without, and scale what it gives in the forward method, as with torch.renorm"
+            )
         for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
             if is_lazy(tensor):
                 raise ValueError(
@@ -37,7 +46,13 @@ def check_module(module: nn.Module) -> None:
             "are on meta give them values first, with module.to_empty(device=...)"
         )
     for name, parameter in module.named_parameters():
-        if not (parameter.is_floating_point() or parameter.is_complex()):
+        if parameter.is_complex():
+            raise ValueError(
+                f"module: its parameter {name} is {str(parameter.dtype).removeprefix('torch.')}, and the optimizers "
+                "train real numbers only; hold its real and imaginary part as one real parameter, and join them in "
+                "the forward method with torch.view_as_complex"
+            )
+        if not parameter.is_floating_point():
             raise ValueError(
                 f"module: its parameter {name} is {str(parameter.dtype).removeprefix('torch.')} and cannot be trained; "
                 "register it as a buffer, or hyperize the module before it is quantized"
@@ -100,3 +115,44 @@ def with_values(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
         memo[id(meta)] = values[name].detach().clone()
     # deepcopy puts what the memo holds in the place of each tensor.
     return copy.deepcopy(module, memo).train()
+
+
+def _check_wrapper(place: str, layer: nn.Module) -> None:
+    """Raises a ValueError where a layer is another module, made ready to run in some way of its own."""
+    if isinstance(layer, torch.jit.ScriptModule):
+        raise ValueError(f"{place} is compiled by torch.jit; hyperize the module that it was made of")
+    if isinstance(layer, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(f"{place} spreads a module over devices; hyperize that one, which is its attribute `module`")
+    # By its attribute, because the type is in torch._dynamo, which takes seconds to import.
+    if hasattr(layer, "_orig_mod"):
+        raise ValueError(
+            f"{place} is compiled; hyperize the module that it was made of, which is its attribute `_orig_mod`, and "
+            "compile the model's apply"
+        )
+
+
+def _check_plain_tensors(prefix: str, layer: nn.Module, registered: Mapping[int, str]) -> None:
+    """Raises a ValueError where an attribute holds a parameter that no call could replace, or what is made from one."""
+    # torch's own recurrent layers renew their list of weights whenever one of them is replaced.
+    own = {"_parameters", "_buffers", "_modules", "_flat_weights"}
+    for attribute, value in vars(layer).items():
+        for tensor in _tensors_in(value) if attribute not in own else ():
+            if id(tensor) in registered:
+                raise ValueError(
+                    f"module: {prefix}{attribute} holds {registered[id(tensor)]} outside of the module, "
+                    "where apply cannot replace it; read it as an attribute in the forward method"
+                )
+            if tensor.grad_fn is not None:
+                raise ValueError(
+                    f"module: {prefix}{attribute} is a tensor computed from parameters ahead of the call; compute it "
+                    "in the forward method, and use torch.nn.utils.parametrizations in the place of "
+                    "torch.nn.utils.weight_norm or spectral_norm, and prune.remove after pruning"
+                )
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(part)

@@ -41,15 +41,16 @@ def fold_in(seed: Seed, number: Seed) -> Seed:
 class Seeded(TorchFunctionMode):
     """A context in which what is random is a function of `seed` alone.
 
-    All kinds of dropout are, that of attention included, and `rand`, `randn`, their `_like`, `bernoulli`, and the
-    methods `bernoulli_`, `uniform_` and `normal_`. Under `torch.vmap` a seed that is not mapped gives all members the
-    same numbers, and a mapped one gives each its own.
+    All kinds of dropout in torch.nn are, that of attention included, fractional pooling, `rand`, `randn`, their
+    `_like`, `bernoulli`, and the methods `bernoulli_`, `uniform_` and `normal_`. Under `torch.vmap` a seed that is not
+    mapped gives all members the same numbers, and a mapped one gives each its own.
 
     What runs later is not in the context: the second forward pass of `torch.utils.checkpoint`, in a `backward()` after
     the context, drops anew.
 
     Raises:
-        ValueError: What runs in the context calls for another kind of random number; or the seed is no whole number.
+        ValueError: What runs in the context calls another of torch's random functions, such as `randperm` or
+            `multinomial`, without a generator of its own; or the seed is no whole number.
     """
 
     def __init__(self, seed: Seed) -> None:
@@ -237,6 +238,15 @@ def _like_factory(mode: Seeded, func: Callable[..., Any], like: Tensor) -> Tenso
     return draw(like.shape, like.device).to(like.dtype)
 
 
+def _fractional_pool(mode: Seeded, func: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Where its windows lie depends on one number in [0, 1) for each example, channel and spatial axis."""
+    axes = 2 if func in (F.fractional_max_pool2d, F.fractional_max_pool2d_with_indices) else 3
+    if kwargs.get("_random_samples") is None:
+        leading = (1, input.shape[0]) if input.dim() == axes + 1 else tuple(input.shape[:2])
+        kwargs["_random_samples"] = mode.uniform((*leading, axes), input.device).to(input.dtype)
+    return func(input, *args, **kwargs)
+
+
 def _bernoulli(mode: Seeded, func: Callable[..., Any], input: Tensor, p: Any = None, **kwargs: Any) -> Tensor:
     chance = input if p is None else p
     return (mode.uniform(input.shape, input.device) < chance).to(input.dtype)
@@ -254,7 +264,7 @@ def _normal_(mode: Seeded, func: Callable[..., Any], input: Tensor, mean: float 
     return input.copy_(mean + std * mode.normal(input.shape, input.device))
 
 
-_SEEDED: dict[Callable[..., Any], Callable[..., Tensor]] = {
+_SEEDED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.dropout: _dropout,
     torch.dropout: _dropout,
     F.dropout1d: _feature_dropout,
@@ -263,6 +273,10 @@ _SEEDED: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.alpha_dropout: _alpha_dropout,
     F.feature_alpha_dropout: _alpha_dropout,
     F.scaled_dot_product_attention: _attention,
+    F.fractional_max_pool2d: _fractional_pool,
+    F.fractional_max_pool3d: _fractional_pool,
+    F.fractional_max_pool2d_with_indices: _fractional_pool,
+    F.fractional_max_pool3d_with_indices: _fractional_pool,
     torch.rand: _rand,
     torch.randn: _rand,
     torch.rand_like: _rand_like,
@@ -283,8 +297,21 @@ _REFUSED = (
     torch.randperm,
     torch.multinomial,
     torch.poisson,
+    torch.binomial,
+    torch._standard_gamma,  # pyright: ignore[reportPrivateImportUsage]
+    torch._sample_dirichlet,  # pyright: ignore[reportPrivateImportUsage]
+    torch.native_dropout,
+    torch.dropout_,
+    torch.feature_dropout,
+    torch.feature_dropout_,
+    torch.alpha_dropout,
+    torch.alpha_dropout_,
+    torch.feature_alpha_dropout,
+    torch.feature_alpha_dropout_,
     torch.rrelu,
+    torch.rrelu_,
     F.rrelu,
+    F.rrelu_,
     F.gumbel_softmax,
     Tensor.multinomial,
     Tensor.exponential_,

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from hyperfunc.layers import is_linear_map, is_weight, kernel_of
 from hyperfunc.tiling import Kernel
@@ -37,7 +38,8 @@ def choose(module: nn.Module, targets: Targets | None, unit: tuple[int, int]) ->
         unit: Output and input channels of a basic kernel.
 
     Raises:
-        ValueError: A target matches nothing, nothing is left to generate, or a target cannot be generated.
+        ValueError: A target matches nothing, nothing is left to generate, or a target cannot be generated; or a type
+            of module stands for a weight that is parametrized.
     """
     uses = _uses(module)
     if targets is None:
@@ -63,7 +65,7 @@ def _uses(module: nn.Module) -> dict[str, list[Use]]:
     """All parameters by the first of their names, and where each of them stands."""
     names: dict[int, str] = {}
     uses: dict[str, list[Use]] = {}
-    for path, layer in module.named_modules():
+    for path, layer in module.named_modules(remove_duplicate=False):
         for short_name, parameter in layer.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{path}.{short_name}" if path else short_name
             first = names.setdefault(id(parameter), name)
@@ -72,12 +74,6 @@ def _uses(module: nn.Module) -> dict[str, list[Use]]:
 
 
 def _kernel(name: str, uses: list[Use], unit: tuple[int, int]) -> Kernel:
-    parameter: Tensor = uses[0].layer.get_parameter(uses[0].short_name)
-    if not parameter.is_floating_point():
-        raise ValueError(
-            f"targets: {name} is {str(parameter.dtype).removeprefix('torch.')}, and only real floating-point "
-            "parameters can be generated; leave it out of the targets, or hyperize the module before it is quantized"
-        )
     try:
         kernels = [kernel_of(use.layer, use.short_name, unit) for use in uses]
     except ValueError as error:
@@ -118,6 +114,9 @@ def _matches(module: nn.Module, uses: dict[str, list[Use]], target: Target) -> s
             raise ValueError(f"targets: the module has no parameter {target!r}{hint}")
         return found
     inside = {id(part) for layer in module.modules() if isinstance(layer, target) for part in layer.modules()}
+    for path, layer in module.named_modules():
+        if id(layer) in inside:
+            _check_parametrized(f"{path}." if path else "", layer, target, list(uses))
     found = {
         name
         for name, places in uses.items()
@@ -133,6 +132,18 @@ def _matches(module: nn.Module, uses: dict[str, list[Use]], target: Target) -> s
             "biases and norms are chosen by name"
         )
     return found
+
+
+def _check_parametrized(prefix: str, layer: nn.Module, target: type[nn.Module], names: list[str]) -> None:
+    """Raises a ValueError where the weight of a layer that a type stands for is computed from other parameters."""
+    hidden = layer.parametrizations if is_parametrized(layer) else None
+    for short_name in hidden if isinstance(hidden, nn.ModuleDict) else ():
+        if is_weight(layer, short_name):
+            parts = [name for name in names if name.startswith(f"{prefix}parametrizations.{short_name}.")]
+            raise ValueError(
+                f"targets: {prefix}{short_name} is in a {target.__name__}, but it is computed from {_list(parts)} and "
+                "no parameter; name what is to be generated, or remove the parametrization"
+            )
 
 
 def _title(module: nn.Module) -> str:

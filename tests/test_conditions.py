@@ -228,6 +228,29 @@ def test_a_task_has_embeddings_of_its_own(generator: Generator) -> None:
     assert norms[[0, 2]].eq(0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_the_number_of_a_task_may_be_of_any_integer_type(dtype: torch.dtype) -> None:
+    codes = conditions.table(3).apply({}, torch.tensor([1, 2, 1], dtype=dtype))
+    assert torch.equal(codes, torch.eye(3)[[1, 2, 1]])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose graphs are asked for")
+def test_encoders_copy_nothing_to_the_device_at_a_call() -> None:
+    norm = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
+    norm.register_buffer("unused", torch.ones(3))
+    for encoder in (conditions.bounded([0, -1], [1, 2]), conditions.from_module(norm, 4)):
+        params = encoder.init(Generator("cuda").manual_seed(0))
+        given = torch.rand(5, 2, device="cuda")
+        expected = encoder.apply(params, given)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            codes = encoder.apply(params, given)
+        graph.replay()
+        torch.testing.assert_close(codes, expected)
+
+
 def test_one_condition_is_a_model_by_itself(generator: Generator) -> None:
     model = hf.conditional(hf.hyper_resnet(10, z_dim=4), conditions.table(3))
     params, batch_stats = in_float64(model, generator)
@@ -258,6 +281,12 @@ def test_wrong_conditions(generator: Generator) -> None:
     tasks = conditions.table(3)
     with pytest.raises(ValueError, match=r"got float32\[2\], expected the number of a task"):
         calling(tasks._replace(apply=unchecked(tasks.apply)), torch.rand(4, 2))
+    with pytest.raises(ValueError, match=r"got bool\[\], expected the number of a task"):
+        calling(tasks._replace(apply=unchecked(tasks.apply)), torch.rand(4) < 0.5)
+    with pytest.raises(ValueError, match=r"\(Linear\) cannot take 4 conditions, each float32\[3\]: .*4x3 and 2x5"):
+        calling(conditions.from_module(nn.Linear(2, 5), 5), torch.rand(4, 3))
+    with pytest.raises(ValueError, match=r"\(Linear\) cannot take 4 conditions, each int64\[2\]: .*dtype"):
+        calling(conditions.from_module(nn.Linear(2, 5), 5), torch.ones(4, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"condition: got the shape \(3,\), expected \(2,\)"):
         calling(conditions.bounded([0, 0], [1, 1]), torch.rand(4, 3))
     with pytest.raises(ValueError, match=r"got codes of shape \(4, 3\), expected \(4, 5\); set code_dim"):

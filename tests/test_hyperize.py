@@ -291,3 +291,55 @@ def test_a_language_model_of_attention_and_recurrence(generator: Generator) -> N
     expected, expected_last = own(tokens, context)
     torch.testing.assert_close(logits, expected)
     torch.testing.assert_close(last, expected_last)
+
+
+class Rebinding(nn.Module):
+    """Keeps one mean by a new tensor, and a count in place, as modules do either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("ema", torch.zeros(()))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.training:
+            self.ema = 0.5 * self.ema + y.mean().detach()
+            self.count += 1
+        return y
+
+
+def test_a_buffer_that_forward_replaces_is_returned(generator: Generator) -> None:
+    model = hf.hyperize(Rebinding(), targets="linear.weight", unit=(4, 4), z_dim=4)
+    params, batch_stats = model.init(generator)
+    x = torch.randn(2, 3, 4, generator=generator)
+
+    def loss(params: hf.Params, x: Tensor) -> tuple[Tensor, hf.BatchStats]:
+        output, new_stats = model.apply(params, batch_stats, x, train=True)
+        return output.sum(), new_stats
+
+    def expected(x: Tensor) -> Tensor:
+        return model.apply(params, batch_stats, x, train=False)[0].mean()
+
+    _, once = model.apply(params, batch_stats, x[0], train=True)
+    _, twice = model.apply(params, once, x[1], train=True)
+    assert (once["count"].item(), twice["count"].item(), batch_stats["ema"].item()) == (1, 2, 0)
+    torch.testing.assert_close(once["ema"], expected(x[0]))
+    torch.testing.assert_close(twice["ema"], 0.5 * once["ema"] + expected(x[1]))
+    _, under_grad = torch.func.grad(loss, has_aux=True)(params, x[0])
+    assert_trees_equal(under_grad, once)
+    _, mapped = torch.vmap(loss, in_dims=(None, 0))(params, x)
+    torch.testing.assert_close(mapped["ema"], torch.stack([expected(x[0]), expected(x[1])]))
+    assert all(buffer.is_meta for buffer in model.module.buffers())
+
+
+@pytest.mark.traced
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, of its own parts
+def test_a_buffer_that_forward_replaces_is_returned_by_a_compiled_model(generator: Generator) -> None:
+    model = hf.hyperize(Rebinding(), targets="linear.weight", unit=(4, 4), z_dim=4)
+    params, batch_stats = model.init(generator)
+    x = torch.randn(3, 4, generator=generator)
+    compiled = torch.compile(model.apply, fullgraph=True, backend="aot_eager")
+    expected = model.apply(params, batch_stats, x, train=True)[1]
+    torch.testing.assert_close(compiled(params, batch_stats, x, train=True)[1], expected)

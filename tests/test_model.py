@@ -234,3 +234,16 @@ def test_hyperize_follows_the_dtype_of_the_module(generator: Generator) -> None:
 def test_bad_sizes_are_found_when_the_model_is_made(sizes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(sizes))}: got {next(iter(sizes.values()))}, expected at least 1"):
         hf.hyper_resnet(10, **sizes)
+
+
+def test_parameters_of_another_model_are_named(generator: Generator) -> None:
+    model, other = hf.hyper_resnet(10), hf.hyper_resnet(16)
+    params, batch_stats = other.init(generator)
+    message = r"params: they hold embeddings \{'3x3': 74\} and the model needs \{'3x3': 32\}; give those of its init"
+    with pytest.raises(ValueError, match=message):
+        model.apply(params, batch_stats, torch.zeros(1, 3, 32, 32), train=False)
+    with pytest.raises(ValueError, match=message):
+        hf.materialize(model, params, batch_stats)
+    conditional = hf.conditional(model, hf.conditions.table(2))
+    with pytest.raises(ValueError, match=r"embeddings \{'3x3': \(2, 32\)\} and the model needs"):
+        model.kernels(conditional.init(generator)[0].model)

@@ -2,6 +2,7 @@ import math
 from typing import Any
 
 import pytest
+from helpers import unchecked
 from torch import Generator, nn
 
 import hyperfunc as hf
@@ -76,3 +77,9 @@ def test_parameters_of_another_model_are_named(generator: Generator) -> None:
         ValueError, match=r"params: they hold embeddings \{'3x3': 32\} and the model needs \{'3x3': 74\}"
     ):
         hf.summary(hf.hyper_resnet(16), params)
+
+
+def test_a_conditional_is_no_model() -> None:
+    model = hf.conditional(hf.hyper_resnet(10), hf.conditions.table(2))
+    with pytest.raises(ValueError, match="model: got Conditional, expected a Model; that of a Conditional .* `model`"):
+        unchecked(hf.summary)(model)

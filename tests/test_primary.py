@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,6 +163,41 @@ def on_two_devices() -> nn.Module:
     return nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16, device="meta"))
 
 
+def with_attribute(name: str, make: Callable[[Any], Any]) -> Callable[[], nn.Module]:
+    """A module with a plain attribute made of one of its layers."""
+
+    def module() -> nn.Module:
+        layers = nn.Sequential(nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)))
+        setattr(layers[1], name, make(layers))
+        return layers
+
+    return module
+
+
+def with_max_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 16), nn.Embedding(8, 16, max_norm=0.5))
+
+
+def with_complex_numbers() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16, dtype=torch.complex64))
+
+
+def old_weight_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 16), nn.utils.weight_norm(nn.Linear(16, 16)))
+
+
+def scripted() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 16), torch.jit.script(nn.Linear(16, 16)))
+
+
+def compiled() -> nn.Module:
+    module = torch.compile(nn.Linear(16, 16), backend="eager")
+    assert isinstance(module, nn.Module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning", "ignore:.*jit.script:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*weight_norm:DeprecationWarning", "ignore:.*jit.script:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # that torch will drop such modules
 @pytest.mark.parametrize(
     ("make", "message"),
@@ -170,12 +206,36 @@ def on_two_devices() -> nn.Module:
         (lazy_norm, r"module: 1 \(LazyBatchNorm1d\) is lazily initialised"),
         (quantized, r"module: 1 \(Linear\) is quantized.* hyperize the float module, and quantize what"),
         (with_integers, "module: its parameter 1.weight is int8 and cannot be trained; register it as a buffer"),
+        (
+            with_attribute("plain", lambda layers: [{"w": (layers[0].weight,)}]),
+            r"module: 1.plain holds the parameter 0.weight outside of the module.*; read it as an attribute",
+        ),
+        (
+            with_attribute("mean", lambda layers: (layers[1][1].running_mean,)),
+            "module: 1.mean holds .*1.1.running_mean",
+        ),
+        (with_attribute("doubled", lambda layers: layers[0].weight * 2), "module: 1.doubled is .*; compute it in the"),
+        (old_weight_norm, "module: 1.weight is a tensor computed .* use torch.nn.utils.parametrizations in the place"),
+        (with_max_norm, r"module: 1 \(Embedding\) has max_norm=0.5, by which .* make it without"),
+        (with_complex_numbers, "module: its parameter 1.weight is complex64, .* torch.view_as_complex"),
+        (scripted, r"module: 1 \(RecursiveScriptModule\) is compiled by torch.jit; hyperize the module that"),
+        (compiled, r"module: it \(OptimizedModule\) is compiled; .* `_orig_mod`"),
+        (
+            lambda: nn.DataParallel(nn.Linear(16, 16)),
+            r"module: it \(DataParallel\) spreads a module over devices; .* attribute `module`",
+        ),
         (on_two_devices, "one device, but 0.weight is on cpu, 1.weight is on meta; move it with module.to"),
     ],
 )
 def test_modules_that_cannot_be_hyperized_are_named(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hf.hyperize(make(), targets="0.weight")
+
+
+def test_plain_attributes_that_hold_no_parameters_and_recurrent_layers_are_taken(generator: Generator) -> None:
+    module = nn.Sequential(nn.GRU(16, 16))
+    module.constants = [torch.ones(2), "text"]  # pyright: ignore[reportArgumentType]
+    assert hf.hyperize(module, targets="0.weight_hh_l0").tiling.names == ("0.weight_hh_l0",)
 
 
 def test_a_module_without_values_is_refused_where_they_are_needed(generator: Generator) -> None:

@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from helpers import unchecked
@@ -223,3 +226,32 @@ def test_training_steps_drop_anew_each_time_and_the_same_for_the_same_step() -> 
     assert step(state, batch)[1].loss == first.loss
     assert step(after, batch)[1].loss != first.loss
     assert other(state, batch)[1].loss != first.loss
+
+
+@pytest.mark.parametrize("indices", [False, True])
+@pytest.mark.parametrize("axes", [2, 3])
+def test_fractional_pooling_is_a_function_of_the_seed(axes: int, indices: bool) -> None:
+    layer = (nn.FractionalMaxPool2d if axes == 2 else nn.FractionalMaxPool3d)(2, output_ratio=0.6)
+    layer.return_indices = indices
+    x = torch.randn(2, 3, *[12] * axes)
+
+    def pooled(x: Tensor, seed: int) -> Tensor:
+        with Seeded(seed):
+            output = layer(x)
+        return output[0] if indices else output
+
+    before = torch.get_rng_state()
+    first = pooled(x, 1)
+    assert first.shape == (2, 3, *[7] * axes)
+    assert torch.equal(pooled(x, 1), first)
+    assert not torch.equal(pooled(x, 2), first)
+    assert pooled(x[0], 1).shape == first.shape[1:]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda x: torch.binomial(x, x), lambda x: torch.alpha_dropout(x, 0.5, True), torch.randperm, F.rrelu_]
+)
+def test_other_random_functions_of_torch_are_refused(draw: Callable[[Any], Any]) -> None:
+    with Seeded(0), pytest.raises(ValueError, match=r"seed: the module calls torch's .*, which draws from the global"):
+        draw(3 if draw is torch.randperm else torch.ones(2))

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torchvision
+from helpers import unchecked
 from torch import Tensor, nn
 
 import hyperfunc as hf
@@ -78,14 +79,6 @@ def test_a_module_without_targets_is_named(module: nn.Module) -> None:
         hf.hyperize(module)
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.cfloat])
-def test_complex_targets_are_named(dtype: torch.dtype) -> None:
-    module = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16, dtype=dtype), nn.Linear(16, 16))
-    with pytest.raises(ValueError, match="targets: 1.weight is complex64, and only real floating-point parameters"):
-        hf.hyperize(module)
-    hf.hyperize(module, targets="0.weight")
-
-
 class TiedHead(nn.Module):
     """The head of a small language model is its embedding."""
 
@@ -123,3 +116,57 @@ def test_the_weight_of_the_last_layer_is_left_out_by_whatever_name() -> None:
     module = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
     module[3].weight = module[1].weight
     assert hf.hyperize(module).tiling.names == ("2.weight",)
+
+
+@pytest.mark.parametrize("name", ["0.weight", "2.weight", "2.*ght"])
+def test_a_shared_layer_is_found_by_each_of_its_names(name: str) -> None:
+    layer = nn.Linear(16, 16)
+    assert hf.hyperize(nn.Sequential(layer, nn.ReLU(), layer), targets=name).tiling.names == ("0.weight",)
+
+
+def test_targets_of_one_generator_have_one_dtype() -> None:
+    module = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16).double())
+    message = "targets: 0.weight is float32 and 1.weight is float64, and one generator, 'matrix', makes both; convert"
+    with pytest.raises(ValueError, match=message):
+        hf.hyperize(module, targets=nn.Linear)
+    assert hf.hyperize(module, targets="1.weight").tiling.names == ("1.weight",)
+
+
+def test_a_unit_has_two_extents() -> None:
+    with pytest.raises(ValueError, match=r"unit: got 16, expected two positive channel counts \(out, in\)"):
+        unchecked(hf.hyperize)(nn.Linear(16, 16), targets="weight", unit=16)
+
+
+class Scale(nn.Module):
+    """A scale by channel, as a norm has one, under the name that the parameter is given."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.register_parameter(name, nn.Parameter(torch.ones(16)))
+
+
+@pytest.mark.parametrize("layer", [Scale("weight"), Scale("gamma"), nn.PReLU(16)])
+def test_a_vector_of_unknown_start_is_named(layer: nn.Module) -> None:
+    name = next(iter(dict(layer.named_parameters())))
+    message = rf"targets: 1.{name}: where its vector `{name}` starts is not known of {type(layer).__name__}; leave it"
+    with pytest.raises(ValueError, match=message):
+        hf.hyperize(nn.Sequential(nn.Linear(16, 16), layer), targets=["0.weight", "1.*"])
+
+
+def test_a_bias_of_an_unknown_layer_starts_at_zero(generator: torch.Generator) -> None:
+    model = hf.hyperize(nn.Sequential(Scale("bias")), targets="0.bias")
+    assert torch.equal(model.kernels(model.init(generator)[0])["0.bias"], torch.zeros(16))
+
+
+@pytest.mark.parametrize("target", [nn.Linear, nn.Sequential])
+def test_a_type_does_not_pass_over_a_parametrized_weight(target: type[nn.Module]) -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+    module = nn.Sequential(nn.Linear(16, 16), normed, nn.Linear(16, 16))
+    message = (
+        rf"targets: 1.weight is in a {target.__name__}, but it is computed from "
+        r"1.parametrizations.weight.original0, 1.parametrizations.weight.original1 and no parameter; name what"
+    )
+    with pytest.raises(ValueError, match=message):
+        hf.hyperize(module, targets=target)
+    name = "1.parametrizations.weight.original1"
+    assert hf.hyperize(module, targets=["0.weight", name]).tiling.names == ("0.weight", name)
