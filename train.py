@@ -171,8 +171,8 @@ class Config:
     seeds_per_step: int = option(
         0,
         "population",
-        "runs that differ in nothing but the seed and share a step; 0 means 1 on the CPU, and on a GPU as many as there "
-        f"are, up to {runs.SEEDS_PER_STEP}",
+        "runs that differ in nothing but the seed and share a step; 0 means 1 on the CPU, and on a GPU as many as "
+        f"there are, up to {runs.SEEDS_PER_STEP}",
         at_least=0,
         at_most=1024,
     )
