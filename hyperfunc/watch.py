@@ -19,6 +19,9 @@ EXIT_FAILED = 1
 NAMED = 4
 """How many ranks a line names; the rest it counts."""
 
+SILENT_LOOKS = 5
+"""After how many looks without a beat a rank that does not go on counts as silent: it was stopped a moment later."""
+
 PATIENCE_LOOKS = 15
 """How many looks an error in a collective waits to see who else has one, and so who has not."""
 
@@ -251,22 +254,26 @@ class Watch:
         arrivals = [int(beat.partition("/")[2]) for beat in beats]
         with self._changed:
             furthest = max(self._arrivals, *arrivals)
-        silent: list[int] = []
+        silent: dict[int, int] = {}
         stuck: list[int] = []
         for other, beat, arrived in zip(others, beats, arrivals, strict=True):
             if beat != self._heard[other][0]:
                 self._heard[other] = (beat, look)
             if arrived != self._moved[other][0] or arrived == furthest:
                 self._moved[other] = (arrived, look)
-            if look - self._heard[other][1] >= self._limit:
-                silent.append(other)
-            elif look - self._moved[other][1] >= self._limit:
+            unheard, unmoved = look - self._heard[other][1], look - self._moved[other][1]
+            if max(unheard, unmoved) < self._limit:
+                continue
+            if unheard >= min(SILENT_LOOKS, self._limit):
+                silent[other] = unheard
+            else:
                 stuck.append(other)
-        seconds = f"{self._limit * self.interval:.1f} s"
         if silent:
-            return f"{self._name(silent)} gave no sign of life for {seconds}: killed, stopped, or cut off"
+            seconds = min(silent.values()) * self.interval
+            return f"{self._name(list(silent))} gave no sign of life for {seconds:.1f} s: killed, stopped, or cut off"
         if stuck:
-            return f"{self._name(stuck)} is alive but has not gone on for {seconds}, the others wait"
+            seconds = self._limit * self.interval
+            return f"{self._name(stuck)} is alive but has not gone on for {seconds:.1f} s, the others wait"
         return None
 
     def _follow_agreement(self) -> None:

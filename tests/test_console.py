@@ -72,21 +72,22 @@ def on_a_terminal(command: list[str], cwd: Path) -> tuple[int, str]:
 
 
 def test_the_live_display_stands_below_the_lines(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "pictures", train=40)
+    # Long enough for the display, which is drawn a few times a second, to be seen after a report.
+    folder = make_folder(tmp_path / "pictures", train=160)
     flags = ["--dataset", "folder", "--data-dir", str(folder), "--batch-size", "4", "--report-every", "5"]
     code, text = on_a_terminal(train_command(*flags, "--epochs", "2", "--checkpoint-path", "run.pth"), tmp_path)
     assert code == 0
     assert "reading " in text
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
     bars = [line for line in re.split(r"[\r\n]+", plain) if "━" in line]
-    assert any(re.match(r"epoch [12]/2 ━+.* +\d+/20 .* left  loss \d.\d{4}  accuracy .* lr 0.00\d+ ", b) for b in bars)
-    assert any(re.match(r"run +━*.* +\d+/40 .* left  best \d+.\d+ % \(epoch 1\)", b) for b in bars)
+    assert any(re.match(r"epoch [12]/2 ━+.* +\d+/80 .* left  loss \d.\d{4}  accuracy .* lr 0.00\d+ ", b) for b in bars)
+    assert any(re.match(r"run +━*.* +\d+/160 .* left  best \d+.\d+ % \(epoch 1\)", b) for b in bars)
     # The lines are whole and as they are in a file, with nothing of a bar in them.
     lines = [line.rstrip() for line in re.split(r"[\r\n]+", plain)]
     reports = [
-        line for line in lines if re.fullmatch(r"epoch [12]/2  batch \d+/20  loss [\d.]+  accuracy [\d.]+ %", line)
+        line for line in lines if re.fullmatch(r"epoch [12]/2  batch \d+/80  loss [\d.]+  accuracy [\d.]+ %", line)
     ]
-    assert len(reports) == 8
+    assert len(reports) == 32
     # The cursor is never left hidden.
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l")
 

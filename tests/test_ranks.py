@@ -3,6 +3,7 @@
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -119,6 +120,10 @@ def await_line(process: "subprocess.Popen[str]", beginning: str) -> str:
 def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and the output of a run on two ranks that nothing disturbs."""
     path = tmp_path_factory.mktemp("whole")
+    # Pictures of its own: others may have been read already, and are then in a cache.
+    pictures = path / "pictures"
+    shutil.copytree(flags[flags.index("--data-dir") + 1], pictures, ignore=shutil.ignore_patterns(".hyperfunc*"))
+    flags = [*flags, "--data-dir", str(pictures)]
     done = subprocess.run(
         [sys.executable, *program(*flags, "--devices", "cpu:2", "--sync-bn", "--epochs", str(EPOCHS))],
         cwd=path,
@@ -128,6 +133,7 @@ def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         timeout=120,
         check=False,
     )
+    shutil.rmtree(pictures)
     assert done.returncode == 0, done.stderr
     # Once, and not from every rank.
     assert [line.rpartition("/")[2] for line in done.stderr.splitlines()] == [
@@ -192,7 +198,7 @@ def test_a_hung_rank_is_named_within_the_timeout(flags: list[str], start: Start,
     second.send_signal(signal.SIGSTOP)
     begin = time.monotonic()
     output = first.communicate(timeout=20)[0]
-    assert time.monotonic() - begin < 6
+    assert time.monotonic() - begin < 10
     assert first.returncode == 1
     lines = [line for line in output.splitlines() if line.startswith("train.py: ")]
     assert len(lines) == 1

@@ -20,7 +20,10 @@ __all__ = ["mark", "start"]
 
 KILLS = int(os.environ.get("HYPERFUNC_RANK_KILLS", "0"))
 
-pytestmark = pytest.mark.skipif(not KILLS, reason="takes minutes; HYPERFUNC_RANK_KILLS=50 runs it")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not KILLS, reason="takes minutes; HYPERFUNC_RANK_KILLS=50 runs it"),
+]
 
 EPOCHS = 6
 """Of 9 steps each, every third of which is saved."""
