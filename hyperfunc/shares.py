@@ -1,4 +1,5 @@
-"""A population, carried out by a program that knows how to carry out one run: shares of ranks, groups, a table."""
+"""A population, carried out by a program that knows how to carry out one run: each rank's share of the runs, in groups
+that share a step, and the table of what came out of all."""
 
 import contextlib
 import json
@@ -6,20 +7,18 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from hyperfunc import population, sweep
+from hyperfunc.config import SEEDS_PER_STEP, Config
 from hyperfunc.console import Printer
 from hyperfunc.distributed import Alone, Apart, Ranks
+from hyperfunc.exits import EXIT_FAILED
 from hyperfunc.interrupt import Interrupts
 from hyperfunc.population import FIRST_SIGNAL
-
-EXIT_FAILED = 1
-
-SEEDS_PER_STEP = 8
-"""Runs in one step on a GPU unless said otherwise; on the CPU such a step takes longer than as many single ones."""
+from hyperfunc.run import Run
+from hyperfunc.run_file import locked
 
 
 @dataclass(frozen=True)
@@ -27,17 +26,15 @@ class Program:
     """What a program does for one run, and for several that share a step.
 
     Attributes:
-        locked: `locked(config, ranks)`: keeps a run's files for it alone.
-        set_up: `set_up(config, ranks, device, printer, like)`: a run in memory, with `state`, `steps_done`, `dataset`,
-            `normalization`, `make_step` and `progress`; it shares with the run `like`, if there is one, what it can.
+        set_up: `set_up(config, ranks, device, printer, like)`: a run in memory, which shares with the run `like`, if
+            there is one, what it can.
         start: `start(runs, printer)`: gives runs the engine; of several the first one's step is that of them all.
         carry_out: `carry_out(run, interrupts, printer)`: see `population.Member`.
     """
 
-    locked: Callable[[Any, Ranks], contextlib.AbstractContextManager[None]]
-    set_up: Callable[[Any, Ranks, torch.device, Printer, Any], Any]
-    start: Callable[[Sequence[Any], Printer], Any]
-    carry_out: Callable[[Any, Interrupts, Printer], population.Member]
+    set_up: Callable[[Config, Ranks, torch.device, Printer, Run | None], Run]
+    start: Callable[[Sequence[Run], Printer], None]
+    carry_out: Callable[[Run, Interrupts, Printer], population.Member]
 
 
 def carry_out(
@@ -88,10 +85,10 @@ def _carry_out_group(
     # Dynamo counts what it compiles by the code alone, and gives up after eight times.
     torch.compiler.reset()
     with contextlib.ExitStack() as stack:
-        runs: list[Any] = []
+        runs: list[Run] = []
         speakers = [Printer(quiet=printer.quiet, prefix=f"{sweep.name_of(flags)}  ") for flags, _ in group]
         for (_, config), speaker in zip(group, speakers, strict=True):
-            stack.enter_context(program.locked(config, ranks))
+            stack.enter_context(locked(config, ranks))
             speaker.quiet = printer.quiet or bool(runs)
             runs.append(program.set_up(config, ranks, device, speaker, runs[0] if runs else None))
             speaker.quiet = printer.quiet
@@ -99,9 +96,6 @@ def _carry_out_group(
         ends: dict[int, int | FloatingPointError] = {}
         for indices in _at_one_step(runs):
             together = [runs[index] for index in indices]
-            if len(together) > 1:
-                load = population.make_load([r.dataset.train for r in together], [r.normalization for r in together])
-                together[0].step = population.map_step(together[0].make_step(load))
             program.start(together, speakers[indices[0]])
             started = [program.carry_out(runs[index], interrupts, speakers[index]) for index in indices]
             found = population.in_step(started, together[0].step, [run.state for run in together])
@@ -121,7 +115,7 @@ def _carry_out_group(
     return results
 
 
-def _at_one_step(runs: Sequence[Any]) -> Iterator[list[int]]:
+def _at_one_step(runs: Sequence[Run]) -> Iterator[list[int]]:
     """The indices of runs that stand at the same step: after a kill between two saves that may not be all."""
     for position in sorted({run.steps_done for run in runs}):
         yield [index for index, run in enumerate(runs) if run.steps_done == position]
