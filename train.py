@@ -53,7 +53,6 @@ from hyperfunc.config import Config, Every, parse_args, parse_every, runs_of
 from hyperfunc.console import Printer, TrainingBars
 from hyperfunc.environment import describe_device, environment
 from hyperfunc.exits import EXIT_BAD_INPUT, EXIT_FAILED, one_line
-from hyperfunc.files import beside
 from hyperfunc.interrupt import Interrupted, Interrupts, exit_at_once, ignore
 from hyperfunc.report import Reporter, start_reporting
 from hyperfunc.run import (
@@ -73,8 +72,6 @@ REPLAYED_STEPS = 10
 COMPILE_FROM_STEPS = 5000
 """Length of a run from which compiling on the CPU, which takes about a minute, is sure to pay."""
 
-DEFAULT_PROJECT = "hypernetworks-gpu"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
@@ -90,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             device = choose_device(config)
             with distributed.joined(device, config.timeout, lambda: interrupts.received, say_at_end) as ranks:
                 if config.seeds or config.sweep:
-                    return carry_out_population(config, ranks, device, interrupts, printer)
+                    program = shares.Program(set_up, start_engine, partial(carry_out, paints=False))
+                    return shares.carry_out(program, config, ranks, device, interrupts, printer)
                 with run_file.locked(config, ranks):
                     speaker = printer if ranks.rank == 0 else Printer(mute=True)
                     run = set_up(config, ranks, device, speaker)
@@ -176,21 +174,6 @@ def choose_device(config: Config) -> torch.device:
     return devices[index]
 
 
-def carry_out_population(
-    config: Config, ranks: distributed.Ranks, device: torch.device, interrupts: Interrupts, printer: Printer
-) -> int:
-    """Trains many runs, spread over the ranks, and tells what came out of them; returns the exit code."""
-    members = runs_of(config)
-    table = beside(Path(config.checkpoint_path).resolve(), ".population")
-    program = shares.Program(set_up, start_engine, partial(carry_out, paints=False))
-    with run_file.locked_file(table, ranks):
-        code, results = shares.carry_out(program, members, config.seeds_per_step, ranks, device, interrupts, printer)
-        if ranks.rank == 0 and len(results) == len(members):
-            chosen_by = "held-out pictures" if config.val_size else "the test set itself, for want of --val-size"
-            shares.write_table(table, results, chosen_by, printer)
-    return code
-
-
 def set_up(
     config: Config, ranks: distributed.Ranks, device: torch.device, printer: Printer, like: Run | None = None
 ) -> Run:
@@ -211,21 +194,15 @@ def set_up(
     several = f", {ranks.world} ranks" if ranks.world > 1 else ""
     printer.say(f"device       {describe_device(device)}, torch {torch.__version__}{several}")
     # Read before the data, which may take minutes: what is wrong with it should be known at once.
-    previous = run_file.read(config) if config.resume else None
-    saved_run = ranks.saved_run(config.checkpoint_path)
-    if previous is None and saved_run is not None:
-        # Ranks that take the place of others go on with what those have saved.
-        previous = run_file.read(config)
-        previous = previous if previous.notes["progress"]["run"] == saved_run else None
+    previous = run_file.find(config, ranks)
     if ranks.rank == 0:
         run_file.check_writable(Path(config.checkpoint_path))
 
     # Which pictures are held out or left out is the seed's to say.
-    shared = like if like is not None and not (config.val_size or config.train_size) else None
-    dataset = (
-        shared.dataset
-        if shared
-        else data.load_dataset(
+    if like is not None and not (config.val_size or config.train_size):
+        dataset, normalization, digest = like.dataset, like.normalization, like.data_digest
+    else:
+        dataset = data.load_dataset(
             config.dataset,
             config.data_dir,
             val_size=config.val_size,
@@ -234,7 +211,10 @@ def set_up(
             progress=printer.track,
             notify=printer.warn,
         )
-    )
+        normalization, digest = tree.to(data.measure(dataset.train), device), data.digest(dataset)
+        # The training pictures come to the device with the step: see `make_step`.
+        val = tree.to(dataset.val, device) if dataset.val else None
+        dataset = dataset._replace(val=val, test=tree.to(dataset.test, device))
     count = len(dataset.train.labels)
     if config.batch_size > count:
         raise ValueError(f"--batch-size: got {config.batch_size}, expected at most the {count:,} training pictures")
@@ -247,14 +227,6 @@ def set_up(
     model = like.model if like else build_model(config, len(dataset.classes))
     if config.sync_bn and ranks.world > 1:
         model = sync_norm.synchronize(model)
-    normalization = shared.normalization if shared else data.measure(dataset.train)
-    digest = shared.data_digest if shared else data.digest(dataset)
-    dataset = dataset._replace(
-        # What a step holds of the training pictures comes to the device with it, in `make_step`.
-        val=tree.to(dataset.val, device) if dataset.val else None,
-        test=tree.to(dataset.test, device),
-    )
-    normalization = tree.to(normalization, device)
     optimizer = build_optimizer(config, math.ceil(count / config.batch_size), number_format, ranks.world)
     # Drawn on the CPU, so that a seed means the same network on every device.
     state = tree.to(training.init_state(model, optimizer, data.seeded_generator("init", config.seed)), device)
@@ -286,19 +258,7 @@ def set_up(
         report_totals=no_metrics(device),
     )
     if previous is not None:
-        run_file.restore(run, previous)
-        printer.say(
-            f"resumed      from {config.checkpoint_path} at epoch {run.progress.epoch + 1}, batch {run.progress.batch}"
-        )
-        planned = previous.notes["config"]["epochs"]
-        if planned != config.epochs:
-            printer.say(f"schedule     laid over {config.epochs} epochs now, and not over {planned} as so far")
-        before = previous.notes.get("environment", {}).get("ranks", 1)
-        if before != ranks.world and not config.sync_bn:
-            printer.warn(
-                f"resumed on {ranks.world} ranks, was {before}: without --sync-bn each rank has batch statistics of "
-                "its own, so the result will not be that of before"
-            )
+        run_file.go_on(run, previous, printer)
     ranks.compare({"state": run.state, "best": run.best}, notes_to_compare(run))
     return run
 

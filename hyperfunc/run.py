@@ -47,6 +47,8 @@ class Run:
     optimizer: optim.Optimizer
     objective: dict[str, Any]
     """What `training.make_train_step` and `training.make_gradients` are to be told alike."""
+    step: training.Step = field(init=False)
+    """Of one batch or several, with a row of metrics for each; made last, with the engine."""
     eval_step: training.EvalStep
     data_digest: str
     normalization: data.Normalization
@@ -58,12 +60,10 @@ class Run:
     """Of the batches of this epoch that have been read."""
     report_totals: Metrics
     """Of those among them that no line has shown yet."""
-    step: training.Step = field(init=False)
-    """Of one batch or several, with a row of metrics for each; the engine's, which comes last."""
-    load: training.Load | None = None
-    """Makes the pictures of a batch; None for one of several runs that share a step, and with it their pictures."""
     unread: list[Metrics] = field(default_factory=list)
     """Of the batches after those, a row for each; reading them means waiting for the device."""
+    load: training.Load | None = None
+    """Makes the pictures of a batch, made with `step`; None for a run that shares its step with others."""
     steps_per_replay: int = 1
     """Batches that `step` is given at once, wherever nothing is due between them."""
     saved: bool = True

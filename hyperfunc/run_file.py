@@ -14,6 +14,7 @@ from filelock import Timeout
 
 from hyperfunc import checkpoint, distributed, journal, tree
 from hyperfunc.config import Config
+from hyperfunc.console import Printer
 from hyperfunc.files import beside, free_name, lock_for, numbered, sweep, temporary_name
 from hyperfunc.flags import shaping
 from hyperfunc.report import Reporter
@@ -28,7 +29,7 @@ EPOCH_COLUMNS = {
 
 @contextlib.contextmanager
 def locked(config: Config, ranks: distributed.Ranks) -> Iterator[None]:
-    """Keeps the checkpoint and the journal for this run alone; see `locked_file`."""
+    """Keeps the checkpoint and the journal for this run alone, as `locked_file` does."""
     with locked_file(Path(config.checkpoint_path), ranks), locked_file(journal.path_of(config.checkpoint_path), ranks):
         yield
 
@@ -133,12 +134,23 @@ def _write(run: Run, reporter: Reporter) -> None:
         reporter.event("not saved", reason=str(error), step=run.steps_done)
 
 
-def read(config: Config) -> checkpoint.Checkpoint:
-    """The checkpoint to go on from.
+def find(config: Config, ranks: distributed.Ranks) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from; None where a run begins.
 
     Raises:
         ValueError: It is damaged, or the command line asks for another run than the one in it.
     """
+    if config.resume:
+        return _read(config)
+    saved_run = ranks.saved_run(config.checkpoint_path)
+    if saved_run is None:
+        return None
+    # Ranks that take the place of others go on with what those have saved.
+    previous = _read(config)
+    return previous if previous.notes["progress"]["run"] == saved_run else None
+
+
+def _read(config: Config) -> checkpoint.Checkpoint:
     previous = checkpoint.load(config.checkpoint_path)
     _check_notes(previous.notes, config.checkpoint_path)
     before, now = previous.notes["config"], dataclasses.asdict(config)
@@ -160,12 +172,29 @@ def read(config: Config) -> checkpoint.Checkpoint:
     return previous
 
 
-def restore(run: Run, previous: checkpoint.Checkpoint) -> None:
-    """Puts what a checkpoint holds in the place of the fresh state.
+def go_on(run: Run, previous: checkpoint.Checkpoint, printer: Printer) -> None:
+    """Puts what a checkpoint holds in the place of the fresh state, and says so.
 
     Raises:
-        ValueError: It holds a network of other shapes, or one for other classes.
+        ValueError: It holds a network of other shapes, or one for other classes or other pictures.
     """
+    config, ranks = run.config, run.ranks
+    _restore(run, previous)
+    printer.say(
+        f"resumed      from {config.checkpoint_path} at epoch {run.progress.epoch + 1}, batch {run.progress.batch}"
+    )
+    planned = previous.notes["config"]["epochs"]
+    if planned != config.epochs:
+        printer.say(f"schedule     laid over {config.epochs} epochs now, and not over {planned} as so far")
+    before = previous.notes.get("environment", {}).get("ranks", 1)
+    if before != ranks.world and not config.sync_bn:
+        printer.warn(
+            f"resumed on {ranks.world} ranks, was {before}: without --sync-bn each rank has batch statistics of "
+            "its own, so the result will not be that of before"
+        )
+
+
+def _restore(run: Run, previous: checkpoint.Checkpoint) -> None:
     if list(run.dataset.classes) != previous.notes["classes"]:
         raise ValueError(
             f"--resume: the checkpoint was trained on the classes {', '.join(previous.notes['classes'][:5])} ..., "
@@ -180,8 +209,9 @@ def restore(run: Run, previous: checkpoint.Checkpoint) -> None:
     run.best = checkpoint.restore(previous, "best", run.best)
     run.epoch_totals = checkpoint.restore(previous, "epoch_totals", run.epoch_totals)
     run.report_totals = checkpoint.restore(previous, "report_totals", run.report_totals)
-    run.progress = Progress(**previous.notes["progress"])
-    run.progress.handed_over = (run.progress.handed_over[0], run.progress.handed_over[1])  # JSON knows lists only
+    noted = previous.notes["progress"]
+    step, epoch = noted["handed_over"]
+    run.progress = Progress(**noted | {"handed_over": (step, epoch)})  # JSON knows lists only
     run.owns_path, run.saved_best_epoch = True, run.progress.best_epoch
     finite = all(bool(leaf.isfinite().all()) for leaf in tree.leaves((run.state, run.epoch_totals, run.report_totals)))
     if run.progress.batch > run.batch_count or int(run.state.step) != run.steps_done or not finite:

@@ -1,5 +1,6 @@
-"""A population, carried out by a program that knows how to carry out one run: each rank's share of the runs, in groups
-that share a step, and the table of what came out of all."""
+"""A population carried out, by a program that knows how to carry out one run: each rank trains its share of the runs, in
+groups that share a step, and one table shows what came out of all.
+"""
 
 import contextlib
 import json
@@ -11,14 +12,15 @@ from pathlib import Path
 import torch
 
 from hyperfunc import population, sweep
-from hyperfunc.config import SEEDS_PER_STEP, Config
+from hyperfunc.config import SEEDS_PER_STEP, Config, runs_of
 from hyperfunc.console import Printer
 from hyperfunc.distributed import Alone, Apart, Ranks
 from hyperfunc.exits import EXIT_FAILED
+from hyperfunc.files import beside
 from hyperfunc.interrupt import Interrupts
 from hyperfunc.population import FIRST_SIGNAL
 from hyperfunc.run import Run
-from hyperfunc.run_file import locked
+from hyperfunc.run_file import locked, locked_file
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,36 @@ class Program:
 
 
 def carry_out(
+    program: Program, config: Config, ranks: Ranks, device: torch.device, interrupts: Interrupts, printer: Printer
+) -> int:
+    """Trains the runs that `--seeds` and `--sweep` ask for, spread over the ranks, and shows what came out of them;
+    returns the exit code.
+
+    Args:
+        program: What trains a run.
+        config: The flags, the same on every rank.
+        ranks: All of them.
+        device: Of this one.
+        interrupts: Signals that end all runs; deferred here, once there is something to save.
+        printer: For lines about single runs, each with its name before it, and for the table.
+
+    Raises:
+        ValueError: A flag is not what it should be, or another process is writing to the same files.
+        OSError: The table cannot be written.
+    """
+    members = runs_of(config)
+    table = beside(Path(config.checkpoint_path).resolve(), ".population")
+    with locked_file(table, ranks):
+        code, results = _carry_out_share(program, members, config.seeds_per_step, ranks, device, interrupts, printer)
+        if ranks.rank == 0 and len(results) == len(members):
+            chosen_by = "held-out pictures" if config.val_size else "the test set itself, for want of --val-size"
+            for line in ["", *sweep.markdown(results, chosen_by).splitlines()]:
+                printer.say(line)
+            sweep.write_table(table, results, chosen_by)
+    return code
+
+
+def _carry_out_share(
     program: Program,
     members: Sequence[sweep.Member],
     at_once: int,
@@ -47,17 +79,7 @@ def carry_out(
     printer: Printer,
 ) -> tuple[int, list[sweep.Result]]:
     """Trains this rank's share of all runs; returns the exit code and, of the runs of all ranks, what came out of those
-    that are over.
-
-    Args:
-        program: What trains a run.
-        members: All runs, the same on every rank.
-        at_once: Runs in one step, at most; 0 means `SEEDS_PER_STEP` on a GPU, or this rank's share, and 1 on the CPU.
-        ranks: All of them.
-        device: Of this one.
-        interrupts: Signals that end all runs; deferred here, once there is something to save.
-        printer: For lines about single runs, each with its name before it.
-    """
+    that are over."""
     if not at_once:
         at_once = min(SEEDS_PER_STEP, math.ceil(len(members) / ranks.world)) if device.type == "cuda" else 1
     own = Apart(ranks)
@@ -119,14 +141,3 @@ def _at_one_step(runs: Sequence[Run]) -> Iterator[list[int]]:
     """The indices of runs that stand at the same step: after a kill between two saves that may not be all."""
     for position in sorted({run.steps_done for run in runs}):
         yield [index for index, run in enumerate(runs) if run.steps_done == position]
-
-
-def write_table(path: Path, results: Sequence[sweep.Result], chosen_by: str, printer: Printer) -> None:
-    """Prints the table and writes path.json and path.md.
-
-    Raises:
-        OSError: They cannot be written.
-    """
-    for line in ["", *sweep.markdown(results, chosen_by).splitlines()]:
-        printer.say(line)
-    sweep.write_table(path, results, chosen_by)
