@@ -1,5 +1,6 @@
-"""A population carried out, by a program that knows how to carry out one run: each rank trains its share of the runs, in
-groups that share a step, and one table shows what came out of all.
+"""A population, carried out by a program that knows how to carry out one run.
+
+Each rank trains its share of the runs, in groups that share a step; one table shows what came out of all.
 """
 
 import contextlib
