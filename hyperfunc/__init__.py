@@ -1,14 +1,17 @@
 """Hypernetworks for PyTorch as pure functions in the style of JAX."""
 
 from hyperfunc import (
+    build,
     capture,
     checkpoint,
     conditions,
+    config,
     console,
     data,
     distributed,
     ensembles,
     environment,
+    exits,
     files,
     fitting,
     flags,
@@ -28,7 +31,9 @@ from hyperfunc import (
     randomness,
     report,
     residual,
-    runs,
+    run,
+    run_file,
+    shares,
     sweep,
     sync_norm,
     targets,
@@ -38,6 +43,7 @@ from hyperfunc import (
     tree,
     watch,
 )
+from hyperfunc._version import __version__
 from hyperfunc.conditions import Conditional, ConditionalParams, Encoder, conditional, encode_bounded
 from hyperfunc.ensembles import Ensemble, ensemble
 from hyperfunc.fitting import Fit, fit_embeddings
@@ -48,8 +54,6 @@ from hyperfunc.overview import summary
 from hyperfunc.residual import ResNet
 from hyperfunc.training import Metrics, TrainState
 from hyperfunc.tree import num_params
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BatchStats",
@@ -64,10 +68,13 @@ __all__ = [
     "Params",
     "ResNet",
     "TrainState",
+    "__version__",
+    "build",
     "capture",
     "checkpoint",
     "conditional",
     "conditions",
+    "config",
     "console",
     "data",
     "distributed",
@@ -75,6 +82,7 @@ __all__ = [
     "ensemble",
     "ensembles",
     "environment",
+    "exits",
     "files",
     "fit_embeddings",
     "fitting",
@@ -103,8 +111,10 @@ __all__ = [
     "report",
     "residual",
     "resnet",
-    "runs",
+    "run",
+    "run_file",
     "save",
+    "shares",
     "summary",
     "sweep",
     "sync_norm",

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
-EXIT_BAD_INPUT = 2
+from hyperfunc.exits import EXIT_BAD_INPUT
 
 Config = TypeVar("Config")
 

@@ -13,12 +13,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hyperfunc.files import free_name, numbered, write_bytes
+from hyperfunc.files import beside, free_name, numbered, write_bytes
 
 Row = dict[str, Any]
 
 ENDING = ".metrics.jsonl"
 """How the names of journals end."""
+
+
+def path_of(checkpoint_path: str | os.PathLike[str]) -> Path:
+    """The journal of the run that has its checkpoint there."""
+    return beside(Path(checkpoint_path).resolve(), ENDING)
 
 
 class Journal:

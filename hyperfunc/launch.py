@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-EXIT_FAILED = 1
+from hyperfunc.exits import EXIT_FAILED
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 """What the launcher hands on to the ranks."""

@@ -17,15 +17,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hyperfunc import checkpoint, curves, journal, model_file
-from hyperfunc.flags import EXIT_BAD_INPUT, Parser
+from hyperfunc.exits import EXIT_BAD_INPUT, EXIT_FAILED
+from hyperfunc.flags import Parser
 from hyperfunc.model import Model, Params
 
 if TYPE_CHECKING:
     import matplotlib.axes
     import matplotlib.figure
     import matplotlib.lines
-
-EXIT_FAILED = 1
 
 KINDS = ("png", "pdf", "svg")
 """What a picture can be written as; the ending of its name says which."""

@@ -58,12 +58,13 @@ def make_load(images: Sequence[data.Images], normalizations: Sequence[data.Norma
     each member has training pictures and a normalization of its own.
 
     Args:
-        images: Of each member, as many as of any other. The same object for all is held once.
-        normalizations: Of each member.
+        images: Of each member, as many as of any other. The same pixels for all are held once.
+        normalizations: Of each member; the pictures are held on their device.
     """
     count = len(images[0].labels)
     shared = all(one.pixels is images[0].pixels for one in images)
     whole = images[0] if shared else data.Images(*(torch.cat(column) for column in zip(*images, strict=True)))
+    whole = tree.to(whole, normalizations[0].mean.device)
     padded, labels = data.pad(whole.pixels), whole.labels
     begins = torch.arange(len(images), device=labels.device) * (0 if shared else count)
     mean, std = (torch.stack(column)[:, None, None] for column in zip(*normalizations, strict=True))

@@ -1,14 +1,26 @@
-"""Everything that a run shows goes through one `Reporter`: to the console, the journal, the picture and the tracker."""
+"""Everything that a run shows goes through one `Reporter`: to the console, the journal, the picture and the tracker.
 
+`start_reporting` makes that of a run: it begins the files beside the checkpoint, or goes on with them.
+"""
+
+import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hyperfunc import journal, tracking
+from hyperfunc._version import __version__
+from hyperfunc.build import count_ordinary, describe_network
+from hyperfunc.config import DEFAULT_PROJECT
 from hyperfunc.console import Printer
 from hyperfunc.curves import Painter
+from hyperfunc.files import beside, free_number, numbered, sweep
 from hyperfunc.histogram import histograms
 from hyperfunc.journal import Journal, Row
+from hyperfunc.run import Run
 from hyperfunc.tracking import PATIENCE_SECONDS, Tracker
+from hyperfunc.tree import num_params
 
 LAST_PICTURE_SECONDS = 20.0
 """How long the end of a run waits for its picture."""
@@ -143,3 +155,85 @@ def handed_over(rows: list[Row], tracked_as: str | None) -> tuple[int, int] | No
         elif tracking and kind == "epoch":
             epoch = max(epoch, row["epoch"])
     return (step, epoch) if known else None
+
+
+def start_reporting(run: Run, printer: Printer, *, paints: bool) -> Reporter:
+    """Opens what stands beside the checkpoint, and starts or continues the run on Weights & Biases."""
+    config, progress = run.config, run.progress
+    if run.ranks.rank:
+        painter = Painter(printer.warn)
+        painter.close(0)
+        nowhere = Path(os.devnull)
+        return Reporter(printer, Journal(nowhere, printer.warn), painter, nowhere, "", None, (0, 0))
+    path = Path(config.checkpoint_path).resolve()
+    journal_path, picture = journal.path_of(path), beside(path, ".png")
+    resumed, rows, before = run.owns_path, [], []
+    number = free_number(path, journal_path, picture)
+    run.aside = numbered(path, number)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(picture)
+        if resumed:
+            rows, before = journal.go_on(
+                journal_path,
+                progress.run,
+                step=run.steps_done,
+                epoch=progress.epoch,
+                history=progress.history,
+                warn=printer.warn,
+            )
+        else:
+            for old in (journal_path, picture):
+                if old.exists():
+                    old.rename(numbered(old, number))
+    except OSError as error:
+        printer.warn(f"could not write {journal_path}: {error}")
+    handed = handed_over(before, progress.wandb_id) or progress.handed_over
+    tracker = _start_tracking(run, printer)
+    title = (
+        f"{describe_network(config)} on {config.dataset}, batch {config.batch_size}, {config.optimizer} {config.lr:g}"
+    )
+    writer = Journal(journal_path, printer.warn)
+    writer.write(
+        "resume" if resumed else "start",
+        {"run": progress.run, "step": run.steps_done, "config": dataclasses.asdict(config)}
+        | {"environment": run.environment},
+    )
+    painter = Painter(printer.warn)
+    if not paints:
+        painter.close(0)
+    reporter = Reporter(printer, writer, painter, picture, title, tracker, handed)
+    if tracker is not None:
+        # What was shown while there was no tracking, because it was turned off or had failed.
+        for row in rows:
+            if row["kind"] in ("report", "epoch"):
+                reporter.track(row["kind"], {key: value for key, value in row.items() if key not in ("kind", "time")})
+    return reporter
+
+
+def _start_tracking(run: Run, printer: Printer) -> Tracker | None:
+    """Starts, or continues, the run on Weights & Biases."""
+    config, progress = run.config, run.progress
+    mode = config.wandb_mode
+    if config.no_wandb or mode == "disabled" or (mode == "auto" and tracking.turned_off()):
+        return None
+    resume = progress.wandb_id is not None
+    progress.wandb_id = progress.wandb_id or tracking.new_run_id()
+    name = f"hypernetworks_b{config.batch_size}_lr{config.lr}_e{config.epochs}"
+    from_environment = config.wandb_project == DEFAULT_PROJECT and os.environ.get("WANDB_PROJECT")
+    total = num_params(run.state.params)
+    tracker = Tracker(
+        progress.wandb_id,
+        resume=resume,
+        mode=mode,
+        settings={
+            "project": from_environment or config.wandb_project,
+            "name": config.wandb_name or os.environ.get("WANDB_NAME") or name,
+            "entity": config.wandb_entity or None,
+            "config": dataclasses.asdict(config) | run.environment | {"hyperfunc": __version__},
+        },
+        say=printer.say,
+        warn=printer.warn,
+    )
+    tracker.summarize({"total_parameters": total, "compression": count_ordinary(run.model) / total})
+    return tracker

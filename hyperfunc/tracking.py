@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from hyperfunc.exits import one_line
 from hyperfunc.histogram import Histogram
 
 Mode = Literal["auto", "online", "offline", "disabled"]
@@ -167,7 +168,7 @@ class Tracker:
         except Exception as error:
             self.failed = True
             if not self._given_up:
-                self._warn(f"wandb: {self._what_failed()}: {_one_line(error)}{_later(self._run)}")
+                self._warn(f"wandb: {self._what_failed()}: {_reason(error)}{_later(self._run)}")
         finally:
             self.stopped = True
 
@@ -205,7 +206,7 @@ class Tracker:
             # Its service keeps the id of a run that could not be started.
             wandb.teardown(exit_code=1)
             run = wandb.init(**self._init, mode="offline", settings=settings)
-            self._warn(f"wandb: the server cannot be used, the run is kept offline: {_one_line(error)}{_later(run)}")
+            self._warn(f"wandb: the server cannot be used, the run is kept offline: {_reason(error)}{_later(run)}")
         else:
             if run.offline:
                 self._say(f"wandb        offline, {why}; to send the run later: {_sync_command(run)}")
@@ -239,6 +240,6 @@ def _later(run: Any) -> str:
     return f"; to send it later: {_sync_command(run)}" if run is not None else ""
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+def _reason(error: Exception) -> str:
+    text = one_line(error)
     return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} ..."

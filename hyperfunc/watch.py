@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 from torch.distributed import DistError, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
-EXIT_FAILED = 1
+from hyperfunc.exits import EXIT_FAILED
 
 NAMED = 4
 """How many ranks a line names; the rest it counts."""

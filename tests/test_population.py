@@ -1,5 +1,6 @@
 """Several runs in one step, the runs that a sweep consists of, and train.py --seeds as a user starts it."""
 
+import gc
 import json
 import math
 import signal
@@ -21,6 +22,7 @@ from helpers import (
 )
 
 import hyperfunc as hf
+import train
 from hyperfunc import checkpoint, data, journal, optim, population, sweep, training, tree
 from hyperfunc.interrupt import Interrupted
 
@@ -247,6 +249,27 @@ def test_one_seed_a_step_is_the_single_run_to_the_bit(folder: Path, tmp_path: Pa
     assert run_here(*flags, "--seed", "4", "--lr", "0.01", "--checkpoint-path", "one.pth").returncode == 0
     ours, theirs = (checkpoint.load(tmp_path / name).tensors for name in ("run.lr0.01.seed4.pth", "one.pth"))
     assert_trees_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("held_out", [0, 4])
+def test_pictures_are_held_once_for_all_runs_that_share_them(
+    folder: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch, held_out: int
+) -> None:
+    """With their frame, as a step holds them; three runs that hold out pictures of their own have others each."""
+    found: list[list[int]] = []
+    begin = train.train
+
+    def count(*arguments: Any) -> Any:
+        gc.collect()
+        tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor and thing.dtype == torch.uint8]
+        framed = {t.data_ptr(): len(t) for t in tensors if t.shape[1:] == (40, 40, 3)}
+        found.append(list(framed.values()))
+        return begin(*arguments)
+
+    monkeypatch.setattr(train, "train", count)
+    flags = small(folder, "--epochs", "1", "--val-size", str(held_out), "--checkpoint-path", "run.pth")
+    assert run_here(*flags, "--seeds", "0,1,2", "--seeds-per-step", "3").returncode == 0
+    assert found == [[24 if not held_out else 3 * (24 - held_out)]] * 3
 
 
 def test_stopped_and_resumed_is_as_if_undisturbed(folder: Path, tmp_path: Path, run_here: RunHere) -> None:

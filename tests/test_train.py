@@ -29,8 +29,10 @@ from helpers import (
 
 import hyperfunc as hf
 import train
-from hyperfunc import checkpoint, data, journal, optim, training, tree
+from hyperfunc import checkpoint, data, journal, optim, run, run_file, training, tree
+from hyperfunc.config import Config, parse_args, parse_every
 from hyperfunc.files import lock_for
+from hyperfunc.run import loss_and_accuracy
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def state_of(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_originals_flags_keep_their_names_and_defaults() -> None:
-    config = train.parse_args([])
+    config = parse_args([])
     assert (config.batch_size, config.epochs, config.lr, config.weight_decay) == (128, 200, 0.002, 0.0005)
     assert config.checkpoint_path == "./hypernetworks_cifar_gpu.pth"
     assert (config.resume, config.no_wandb, config.wandb_project) == (False, False, "hypernetworks-gpu")
@@ -76,13 +78,13 @@ def test_the_originals_flags_keep_their_names_and_defaults() -> None:
 def test_dashes_and_underscores_are_alike() -> None:
     with_underscores = ["--batch_size", "8", "--weight_decay=0.1", "--no_wandb", "--wandb_name", "a_b"]
     with_dashes = ["--batch-size", "8", "--weight-decay=0.1", "--no-wandb", "--wandb-name", "a_b"]
-    assert train.parse_args(with_underscores) == train.parse_args(with_dashes)
-    assert train.parse_args(with_dashes).wandb_name == "a_b"
+    assert parse_args(with_underscores) == parse_args(with_dashes)
+    assert parse_args(with_dashes).wandb_name == "a_b"
 
 
 def test_help_groups_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
-        train.parse_args(["--help"])
+        parse_args(["--help"])
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
     for group in ("run", "network", "data", "optimization", "checkpoint", "tracking"):
@@ -139,7 +141,7 @@ def test_bad_flags_are_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_info:
-        train.parse_args(flags)
+        parse_args(flags)
     assert exit_info.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -152,7 +154,7 @@ def test_bad_flags_are_one_line_and_exit_code_2(
 def wrong_values() -> list[tuple[str, str]]:
     """For every flag that takes a value: of a wrong type, sign or size."""
     cases: list[tuple[str, str]] = []
-    for item in dataclasses.fields(train.Config):
+    for item in dataclasses.fields(Config):
         low, high = item.metadata["at_least"], item.metadata["at_most"]
         values: list[str] = []
         if item.type in (int, float):
@@ -175,7 +177,7 @@ def test_every_flag_refuses_every_wrong_value(
     assert len(cases) > 200
     for flag, value in cases:
         with pytest.raises(SystemExit) as exit_info:
-            train.parse_args([f"{flag}={value}"])
+            parse_args([f"{flag}={value}"])
         captured = capsys.readouterr()
         assert (exit_info.value.code, captured.out) == (2, ""), (flag, value)
         assert captured.err.startswith("train.py: "), (flag, value)
@@ -233,7 +235,7 @@ def test_the_best_model_in_the_checkpoint_has_the_accuracy_that_was_printed(
     metrics = training.evaluate(
         model, params, batch_stats, [dataset.test], eval_step=training.make_eval_step(model, load=load)
     )
-    assert train.loss_and_accuracy(metrics)[1] == pytest.approx(row["test/accuracy"])
+    assert loss_and_accuracy(metrics)[1] == pytest.approx(row["test/accuracy"])
 
 
 def test_training_is_what_the_library_does_step_by_step(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
@@ -320,8 +322,8 @@ def test_a_graph_needs_a_gpu(folder: Path, tmp_path: Path, run_here: RunHere) ->
     [("1", (1, "epochs")), ("020", (20, "epochs")), ("500s", (500, "seconds")), ("100b", (100, "batches"))],
 )
 def test_how_often_to_save(text: str, every: tuple[int, str]) -> None:
-    assert train.parse_every(text) == every
-    assert train.parse_args(["--checkpoint-every", text]).checkpoint_every == text
+    assert parse_every(text) == every
+    assert parse_args(["--checkpoint-every", text]).checkpoint_every == text
 
 
 @pytest.mark.parametrize(
@@ -367,7 +369,8 @@ def test_saves_by_the_clock(folder: Path, run_here: RunHere, monkeypatch: pytest
         save(path, trees, notes, **options)
 
     monkeypatch.setattr(checkpoint, "save", note)
-    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=clock, perf_counter=time.perf_counter))
+    for module in (train, run, run_file):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, perf_counter=time.perf_counter))
     flags = small(folder, "--epochs", "1", "--checkpoint-path", "run.pth", "--checkpoint-every", "1s")
     assert run_here(*flags).returncode == 0
     # The clock is read at the start, after every batch, and after every save.
@@ -439,7 +442,7 @@ def test_the_best_model_is_loaded_from_the_checkpoint_alone(folder: Path, tmp_pa
         metrics = training.evaluate(
             model, params, batch_stats, [dataset.test], eval_step=training.make_eval_step(model, load=load)
         )
-        assert train.loss_and_accuracy(metrics)[1] == pytest.approx(progress["best_accuracy"])
+        assert loss_and_accuracy(metrics)[1] == pytest.approx(progress["best_accuracy"])
 
 
 def test_a_second_signal_ends_at_once_and_leaves_the_old_checkpoint_whole(folder: Path, tmp_path: Path) -> None:
@@ -662,4 +665,4 @@ def test_a_signal_during_the_evaluation_is_obeyed_and_lost_nothing(folder: Path,
 
 def test_loss_and_accuracy_are_means() -> None:
     metrics = training.Metrics(torch.tensor(6.0), torch.tensor(1), torch.tensor(4))
-    assert train.loss_and_accuracy(metrics) == (1.5, 25.0)
+    assert loss_and_accuracy(metrics) == (1.5, 25.0)

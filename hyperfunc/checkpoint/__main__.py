@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hyperfunc import checkpoint, tree
-from hyperfunc.flags import EXIT_BAD_INPUT, Parser
+from hyperfunc.exits import EXIT_BAD_INPUT, one_line
+from hyperfunc.flags import Parser
 
 ROWS_SHOWN = 10
 """Of a longer table the first and the last rows are shown, so many in all."""
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has seen enough, as `head` has; and there is nothing left to flush at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (OSError, ValueError) as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{parser.prog}: {one_line(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     return 0
 

@@ -1,4 +1,7 @@
-"""A population, carried out by a program that knows how to carry out one run: shares of ranks, groups, a table."""
+"""A population, carried out by a program that knows how to carry out one run.
+
+Each rank trains its share of the runs, in groups that share a step; one table shows what came out of all.
+"""
 
 import contextlib
 import json
@@ -6,20 +9,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from hyperfunc import population, sweep
+from hyperfunc.config import SEEDS_PER_STEP, Config, runs_of
 from hyperfunc.console import Printer
 from hyperfunc.distributed import Alone, Apart, Ranks
+from hyperfunc.exits import EXIT_FAILED
+from hyperfunc.files import beside
 from hyperfunc.interrupt import Interrupts
 from hyperfunc.population import FIRST_SIGNAL
-
-EXIT_FAILED = 1
-
-SEEDS_PER_STEP = 8
-"""Runs in one step on a GPU unless said otherwise; on the CPU such a step takes longer than as many single ones."""
+from hyperfunc.run import Run
+from hyperfunc.run_file import locked, locked_file
 
 
 @dataclass(frozen=True)
@@ -27,20 +29,48 @@ class Program:
     """What a program does for one run, and for several that share a step.
 
     Attributes:
-        locked: `locked(config, ranks)`: keeps a run's files for it alone.
-        set_up: `set_up(config, ranks, device, printer, like)`: a run in memory, with `state`, `steps_done`, `dataset`,
-            `normalization`, `make_step` and `progress`; it shares with the run `like`, if there is one, what it can.
+        set_up: `set_up(config, ranks, device, printer, like)`: a run in memory, which shares with the run `like`, if
+            there is one, what it can.
         start: `start(runs, printer)`: gives runs the engine; of several the first one's step is that of them all.
         carry_out: `carry_out(run, interrupts, printer)`: see `population.Member`.
     """
 
-    locked: Callable[[Any, Ranks], contextlib.AbstractContextManager[None]]
-    set_up: Callable[[Any, Ranks, torch.device, Printer, Any], Any]
-    start: Callable[[Sequence[Any], Printer], Any]
-    carry_out: Callable[[Any, Interrupts, Printer], population.Member]
+    set_up: Callable[[Config, Ranks, torch.device, Printer, Run | None], Run]
+    start: Callable[[Sequence[Run], Printer], None]
+    carry_out: Callable[[Run, Interrupts, Printer], population.Member]
 
 
 def carry_out(
+    program: Program, config: Config, ranks: Ranks, device: torch.device, interrupts: Interrupts, printer: Printer
+) -> int:
+    """Trains the runs that `--seeds` and `--sweep` ask for, spread over the ranks, and shows what came out of them;
+    returns the exit code.
+
+    Args:
+        program: What trains a run.
+        config: The flags, the same on every rank.
+        ranks: All of them.
+        device: Of this one.
+        interrupts: Signals that end all runs; deferred here, once there is something to save.
+        printer: For lines about single runs, each with its name before it, and for the table.
+
+    Raises:
+        ValueError: A flag is not what it should be, or another process is writing to the same files.
+        OSError: The table cannot be written.
+    """
+    members = runs_of(config)
+    table = beside(Path(config.checkpoint_path).resolve(), ".population")
+    with locked_file(table, ranks):
+        code, results = _carry_out_share(program, members, config.seeds_per_step, ranks, device, interrupts, printer)
+        if ranks.rank == 0 and len(results) == len(members):
+            chosen_by = "held-out pictures" if config.val_size else "the test set itself, for want of --val-size"
+            for line in ["", *sweep.markdown(results, chosen_by).splitlines()]:
+                printer.say(line)
+            sweep.write_table(table, results, chosen_by)
+    return code
+
+
+def _carry_out_share(
     program: Program,
     members: Sequence[sweep.Member],
     at_once: int,
@@ -50,17 +80,7 @@ def carry_out(
     printer: Printer,
 ) -> tuple[int, list[sweep.Result]]:
     """Trains this rank's share of all runs; returns the exit code and, of the runs of all ranks, what came out of those
-    that are over.
-
-    Args:
-        program: What trains a run.
-        members: All runs, the same on every rank.
-        at_once: Runs in one step, at most; 0 means `SEEDS_PER_STEP` on a GPU, or this rank's share, and 1 on the CPU.
-        ranks: All of them.
-        device: Of this one.
-        interrupts: Signals that end all runs; deferred here, once there is something to save.
-        printer: For lines about single runs, each with its name before it.
-    """
+    that are over."""
     if not at_once:
         at_once = min(SEEDS_PER_STEP, math.ceil(len(members) / ranks.world)) if device.type == "cuda" else 1
     own = Apart(ranks)
@@ -88,10 +108,10 @@ def _carry_out_group(
     # Dynamo counts what it compiles by the code alone, and gives up after eight times.
     torch.compiler.reset()
     with contextlib.ExitStack() as stack:
-        runs: list[Any] = []
+        runs: list[Run] = []
         speakers = [Printer(quiet=printer.quiet, prefix=f"{sweep.name_of(flags)}  ") for flags, _ in group]
         for (_, config), speaker in zip(group, speakers, strict=True):
-            stack.enter_context(program.locked(config, ranks))
+            stack.enter_context(locked(config, ranks))
             speaker.quiet = printer.quiet or bool(runs)
             runs.append(program.set_up(config, ranks, device, speaker, runs[0] if runs else None))
             speaker.quiet = printer.quiet
@@ -99,9 +119,6 @@ def _carry_out_group(
         ends: dict[int, int | FloatingPointError] = {}
         for indices in _at_one_step(runs):
             together = [runs[index] for index in indices]
-            if len(together) > 1:
-                load = population.make_load([r.dataset.train for r in together], [r.normalization for r in together])
-                together[0].step = population.map_step(together[0].make_step(load))
             program.start(together, speakers[indices[0]])
             started = [program.carry_out(runs[index], interrupts, speakers[index]) for index in indices]
             found = population.in_step(started, together[0].step, [run.state for run in together])
@@ -121,18 +138,7 @@ def _carry_out_group(
     return results
 
 
-def _at_one_step(runs: Sequence[Any]) -> Iterator[list[int]]:
+def _at_one_step(runs: Sequence[Run]) -> Iterator[list[int]]:
     """The indices of runs that stand at the same step: after a kill between two saves that may not be all."""
     for position in sorted({run.steps_done for run in runs}):
         yield [index for index, run in enumerate(runs) if run.steps_done == position]
-
-
-def write_table(path: Path, results: Sequence[sweep.Result], chosen_by: str, printer: Printer) -> None:
-    """Prints the table and writes path.json and path.md.
-
-    Raises:
-        OSError: They cannot be written.
-    """
-    for line in ["", *sweep.markdown(results, chosen_by).splitlines()]:
-        printer.say(line)
-    sweep.write_table(path, results, chosen_by)
