@@ -146,7 +146,8 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
     def mix(params: ConditionalParams, code: Float[Tensor, "code"]) -> Params:
         tables = params.model.embeddings
         mixed = {key: torch.einsum("k,kuz->uz", code.to(table.dtype), table) for key, table in tables.items()}
-        return params.model._replace(embeddings=mixed)
+        # Not _replace, which torch.compile cannot trace in torch 2.7.
+        return Params(params.model.generator, mixed, params.model.primary)
 
     def at(params: ConditionalParams, condition: Tensor) -> Params:
         return mix(params, codes(params, condition.unsqueeze(0))[0])

@@ -247,6 +247,11 @@ def _fractional_pool(mode: Seeded, func: Callable[..., Any], input: Tensor, *arg
     return func(input, *args, **kwargs)
 
 
+def _unflatten(mode: Seeded, func: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """As it is, but by its method: torch.compile cannot trace the function behind it in torch 2.7."""
+    return input.unflatten(*args, **kwargs)
+
+
 def _bernoulli(mode: Seeded, func: Callable[..., Any], input: Tensor, p: Any = None, **kwargs: Any) -> Tensor:
     chance = input if p is None else p
     return (mode.uniform(input.shape, input.device) < chance).to(input.dtype)
@@ -286,6 +291,7 @@ _SEEDED: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.bernoulli_: _bernoulli_,
     Tensor.uniform_: _uniform_,
     Tensor.normal_: _normal_,
+    Tensor.unflatten: _unflatten,
 }
 
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
