@@ -36,6 +36,7 @@ from hyperfunc import (
     tracking,
     training,
     tree,
+    vmap_rules,
     watch,
 )
 from hyperfunc.conditions import Conditional, ConditionalParams, Encoder, conditional, encode_bounded

@@ -179,10 +179,7 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
 
         def one(code: Tensor, index: Tensor, sample: tuple[Any, ...]) -> tuple[Any, BatchStats]:
             own_seed = None if seed is None else fold_in(seed, index)
-            # Mapped kernels in channels_last order, over batches of one, get wrong gradients from torch 2.15 on the CPU
-            # in float64, without a word.
-            weights = tree.map(torch.Tensor.contiguous, model.weights(mix(params, code)))
-            return model.forward(weights, batch_stats, *sample, train=train, seed=own_seed, **kwargs)
+            return model.apply(mix(params, code), batch_stats, *sample, train=train, seed=own_seed, **kwargs)
 
         with _BatchNormOverSamples(len(conditions)):
             index = torch.arange(len(conditions), device=conditions.device)
