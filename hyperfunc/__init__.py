@@ -114,5 +114,6 @@ __all__ = [
     "tracking",
     "training",
     "tree",
+    "vmap_rules",
     "watch",
 ]

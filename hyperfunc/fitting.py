@@ -23,7 +23,7 @@ from torch.func import vjp
 
 from hyperfunc import tree
 from hyperfunc.hypernet import HyperNetParams
-from hyperfunc.model import BatchStats, Model, Params
+from hyperfunc.model import BatchStats, Model, Params, check_model
 from hyperfunc.primary import check_state_dict
 from hyperfunc.tiling import Layer, assemble
 
@@ -83,6 +83,7 @@ def fit_embeddings(
             shape; what it has is on the meta device, or a weight to be fitted is not finite; a module's extra state
             in it is not that of the model's module; or `sweeps` or `tolerance` is negative.
     """
+    check_model(model)
     if sweeps < 0:
         raise ValueError(f"sweeps: got {sweeps}, expected at least 0")
     if not tolerance >= 0:

@@ -21,7 +21,7 @@ from hyperfunc.hypernet import (
     init_embeddings,
     init_generator,
 )
-from hyperfunc.primary import check_module, on_meta, with_values
+from hyperfunc.primary import check_module, check_values, on_meta, with_values
 from hyperfunc.randomness import Seed, Seeded, drawing_layers
 from hyperfunc.residual import Block, ResNet, Shortcut, init_weights
 from hyperfunc.targets import Targets, choose
@@ -200,12 +200,7 @@ def hyperize(
     kernels = choose(module, targets, unit)
     values = {name: p.detach().clone() for name, p in module.named_parameters() if name not in kernels}
     buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
-    empty = [name for name, value in {**values, **buffers}.items() if value.is_meta]
-    if empty:
-        raise ValueError(
-            f"module: it is on the meta device, without values for {', '.join(empty)}, which are not generated; make "
-            "it on the CPU, or give it values with module.to_empty(device='cpu') and its own initialisation"
-        )
+    check_values({**values, **buffers})
 
     def init_from_module(generator: Generator) -> tuple[dict[str, Tensor], BatchStats]:
         return tree.map(lambda leaf: leaf.to(generator.device, copy=True), (values, buffers))
@@ -256,6 +251,14 @@ def from_recipe(recipe: Mapping[str, Any], module: nn.Module | None = None) -> M
         raise ValueError(f"recipe: {error}; it was written by another version of hyperfunc") from None
 
 
+def check_model(model: Any) -> None:
+    """Raises a ValueError where it is another kind of object."""
+    if not isinstance(model, Model):
+        raise ValueError(
+            f"model: got {type(model).__name__}, expected a Model; that of a Conditional or an Ensemble is its `model`"
+        )
+
+
 def materialize(model: Model, params: Params, batch_stats: BatchStats) -> nn.Module:
     """The primary network as an ordinary module that holds the generated weights: no hypernetwork is left in it.
 
@@ -266,6 +269,7 @@ def materialize(model: Model, params: Params, batch_stats: BatchStats) -> nn.Mod
     Raises:
         ValueError: `params` or `batch_stats` do not belong to `model`.
     """
+    check_model(model)
     return with_values(model.module, {**model.weights(params), **batch_stats})
 
 

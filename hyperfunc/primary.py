@@ -16,6 +16,8 @@ _EXTRA_STATE = "_extra_state"
 
 def check_module(module: nn.Module) -> None:
     """Raises a ValueError, naming the place and the cure, where `module` cannot be a primary network as it is."""
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module: got {_kind(module)}, expected an instance of torch.nn.Module")
     registered = {id(parameter): f"the parameter {name}" for name, parameter in module.named_parameters()}
     registered |= {id(buffer): f"the buffer {name}" for name, buffer in module.named_buffers()}
     for path, layer in module.named_modules():
@@ -62,6 +64,16 @@ def check_module(module: nn.Module) -> None:
             )
 
 
+def check_values(values: Mapping[str, Tensor]) -> None:
+    """Raises a ValueError that names those of a module's tensors that are on the meta device."""
+    empty = [name for name, value in values.items() if value.is_meta]
+    if empty:
+        raise ValueError(
+            f"module: it is on the meta device, without values for {', '.join(empty)}, which nothing generates; make "
+            "it on the CPU, or give it values with module.to_empty(device='cpu') and its own initialisation"
+        )
+
+
 def check_state_dict(module: nn.Module, state_dict: Mapping[str, Any], name: str = "state_dict") -> None:
     """Raises a ValueError that names each difference where a state_dict does not fit `module`, of which shapes count.
 
@@ -74,9 +86,7 @@ def check_state_dict(module: nn.Module, state_dict: Mapping[str, Any], name: str
         name: What the state_dict is called in the message.
     """
     if not isinstance(state_dict, Mapping):
-        raise ValueError(
-            f"{name}: got a {type(state_dict).__name__}, expected tensors by name, as a module's state_dict() gives"
-        )
+        raise ValueError(f"{name}: got {_kind(state_dict)}, expected tensors by name, as a module's state_dict() gives")
     first: dict[int, str] = {}
     known: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     known |= dict(module.named_buffers(remove_duplicate=False))
@@ -203,15 +213,22 @@ def _is_plain_like(value: Any, like: Tensor) -> bool:
     """Whether it is a tensor of the shape of `like`, whose numbers can stand for those of `like`."""
     return (
         isinstance(value, Tensor)
+        and not is_lazy(value)
         and value.layout is torch.strided
         and not value.is_quantized
         and (like.is_complex() or not value.is_complex())
+        # The other way round is common: statistics that count, converted along with all others.
+        and (value.is_floating_point() or not like.is_floating_point())
         and value.shape == like.shape
     )
 
 
 def _describe(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
+    if not isinstance(value, Tensor) or is_lazy(value):
+        return _kind(value)
     layout = "" if value.layout is torch.strided else f"{str(value.layout).removeprefix('torch.')} "
     return f"{layout}{tree.describe(value)}"
+
+
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"

@@ -41,9 +41,9 @@ def fold_in(seed: Seed, number: Seed) -> Seed:
 class Seeded(TorchFunctionMode):
     """A context in which what is random is a function of `seed` alone.
 
-    All kinds of dropout in torch.nn are, that of attention included, nn.RReLU, fractional pooling, `rand`, `randn`, their
-    `_like`, `bernoulli`, and the methods `bernoulli_`, `uniform_` and `normal_`. Under `torch.vmap` a seed that is not
-    mapped gives all members the same numbers, and a mapped one gives each its own.
+    All kinds of dropout in torch.nn are, that of attention included, nn.RReLU, fractional pooling, `rand`, `randn`,
+    their `_like`, `bernoulli`, and the methods `bernoulli_`, `uniform_` and `normal_`. Under `torch.vmap` a seed that
+    is not mapped gives all members the same numbers, and a mapped one gives each its own.
 
     What runs later is not in the context: the second forward pass of `torch.utils.checkpoint`, in a `backward()` after
     the context, drops anew.

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"tree", "hypernet", "tiling", "targets", "primary", "randomness", "residual", "vmap_rules"},
     "overview": {"hypernet", "model"},
     "model_file": {"checkpoint", "model"},
-    "conditions": {"tree", "hypernet", "randomness", "model"},
+    "conditions": {"tree", "hypernet", "primary", "randomness", "model"},
     "fitting": {"tree", "hypernet", "tiling", "primary", "model"},
     "sync_norm": {"model", "randomness"},
     "training": {"tree", "data", "model", "optim", "precision", "randomness"},
