@@ -58,7 +58,7 @@ class Fit(NamedTuple):
 
 def fit_embeddings(
     model: Model,
-    state_dict: Mapping[str, Tensor],
+    state_dict: Mapping[str, Any],
     *,
     generator: Generator | None = None,
     sweeps: int = 20,
@@ -256,7 +256,7 @@ def _share_explained(target: Tensor, fitted: Tensor) -> float:
     return 1 - error / total
 
 
-def _by_first_name(model: Model, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _by_first_name(model: Model, state_dict: Any) -> dict[str, Tensor]:
     """The tensors by the names that the model knows them by; a tied one may be given by any of its names.
 
     Raises:

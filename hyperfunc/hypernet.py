@@ -137,7 +137,7 @@ def check_init(init: str) -> None:
         raise ValueError(f"init: got {init!r}, expected one of {', '.join(get_args(Init))}")
 
 
-def check_sizes(unit: Any, z_dim: int, hidden_dim: int | None) -> None:
+def check_sizes(unit: Any, z_dim: Any, hidden_dim: Any) -> None:
     """Raises a ValueError where a generator cannot have these sizes."""
     if not isinstance(unit, Sequence) or len(unit) != 2 or not all(map(_is_extent, unit)):
         raise ValueError(f"unit: got {unit}, expected two positive channel counts (out, in)")

@@ -361,7 +361,7 @@ def _make_model(
         primary = {name: value for name, value in primary.items() if name not in generated}
         return Params(generators, embeddings, primary), batch_stats
 
-    def check(params: Params) -> None:
+    def check(params: Any) -> None:
         if not isinstance(params, Params):
             raise ValueError(
                 f"params: got a {type(params).__name__}, expected the Params of the model's init, or of one condition, "

@@ -14,7 +14,7 @@ _EXTRA_STATE = "_extra_state"
 """What torch calls in a state_dict what a module's get_extra_state gives."""
 
 
-def check_module(module: nn.Module) -> None:
+def check_module(module: Any) -> None:
     """Raises a ValueError, naming the place and the cure, where `module` cannot be a primary network as it is."""
     if not isinstance(module, nn.Module):
         raise ValueError(f"module: got {_kind(module)}, expected an instance of torch.nn.Module")
@@ -74,7 +74,7 @@ def check_values(values: Mapping[str, Tensor]) -> None:
         )
 
 
-def check_state_dict(module: nn.Module, state_dict: Mapping[str, Any], name: str = "state_dict") -> None:
+def check_state_dict(module: nn.Module, state_dict: Any, name: str = "state_dict") -> None:
     """Raises a ValueError that names each difference where a state_dict does not fit `module`, of which shapes count.
 
     A tied parameter may be given by any of its names, and by several. Buffers that are not persistent may be missing,
