@@ -21,6 +21,7 @@ from hyperfunc.hypernet import (
     init_embeddings,
     init_generator,
 )
+from hyperfunc.layers import is_linear_map
 from hyperfunc.primary import check_module, check_values, on_meta, with_values
 from hyperfunc.randomness import Seed, Seeded, drawing_layers
 from hyperfunc.residual import Block, ResNet, Shortcut, init_weights
@@ -345,6 +346,7 @@ def _make_model(
         for key, layers in tiling.layers.items()
     }
     _check_dtypes(tiling, parameters)
+    linear_maps = {name for name in tiling.names if _is_linear_map(module, name)}
 
     def init_params(generator: Generator) -> tuple[Params, BatchStats]:
         generators: dict[str, HyperNetParams] = {}
@@ -386,7 +388,10 @@ def _make_model(
         whole: dict[str, Tensor] = {}
         for key, layers in tiling.layers.items():
             units = generate_kernels_at_once(params.generator[key], params.embeddings[key])
-            whole.update(assemble(layers, units))
+            # Under autocast the units are of its dtype, which convolutions and linear layers ask for, and norms refuse.
+            dtype = params.embeddings[key].dtype
+            for name, kernel in assemble(layers, units).items():
+                whole[name] = kernel if name in linear_maps else kernel.to(dtype)
         return whole
 
     def weights(params: Params) -> dict[str, Tensor]:
@@ -407,6 +412,11 @@ def _make_model(
         return forward(weights(params), batch_stats, *args, train=train, seed=seed, **kwargs)
 
     return Model(init_params, apply, kernels, forward, weights, tiling, module, recipe)
+
+
+def _is_linear_map(module: nn.Module, name: str) -> bool:
+    path, _, short_name = name.rpartition(".")
+    return is_linear_map(module.get_submodule(path), short_name)
 
 
 def _check_dtypes(tiling: Tiling, parameters: Mapping[str, Tensor]) -> None:

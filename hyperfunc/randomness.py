@@ -66,6 +66,8 @@ class Seeded(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _attention_forward(*args, **kwargs)
+        if func is Tensor.unflatten:  # attention calls it, and torch.compile can trace it in torch 2.7 as a method only
+            return args[0].unflatten(*args[1:], **kwargs)
         seeded_form = _SEEDED.get(func)
         if seeded_form is not None and kwargs.get("generator") is None:
             return seeded_form(self, func, *args, **kwargs)
@@ -266,11 +268,6 @@ def _fractional_pool(mode: Seeded, func: Callable[..., Any], input: Tensor, *arg
     return func(input, *args, **kwargs)
 
 
-def _unflatten(mode: Seeded, func: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """As it is, but by its method: torch.compile cannot trace the function behind it in torch 2.7."""
-    return input.unflatten(*args, **kwargs)
-
-
 def _bernoulli(mode: Seeded, func: Callable[..., Any], input: Tensor, p: Any = None, **kwargs: Any) -> Tensor:
     chance = input if p is None else p
     return (mode.uniform(input.shape, input.device) < chance).to(input.dtype)
@@ -311,7 +308,6 @@ _SEEDED: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.bernoulli_: _bernoulli_,
     Tensor.uniform_: _uniform_,
     Tensor.normal_: _normal_,
-    Tensor.unflatten: _unflatten,
 }
 
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)

@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "optim": {"tree"},
     "capture": {"tree"},
     "checkpoint": {"tree", "files", "flags"},
-    "model": {"tree", "hypernet", "tiling", "targets", "primary", "randomness", "residual", "vmap_rules"},
+    "model": {"tree", "hypernet", "tiling", "layers", "targets", "primary", "randomness", "residual", "vmap_rules"},
     "overview": {"hypernet", "model"},
     "model_file": {"checkpoint", "model"},
     "conditions": {"tree", "hypernet", "primary", "randomness", "model"},

@@ -146,7 +146,7 @@ def test_gradients_of_members_over_batches_of_one_are_right(
     memory_format: torch.memory_format, generator: Generator
 ) -> None:
     """Where torch's own convolutions on the CPU go wrong over kernels in channels_last order, generated or not."""
-    layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3)]
+    layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 8, 3), nn.Conv2d(8, 4, 1)]
     module = nn.Sequential(*layers, nn.Flatten()).double().to(memory_format=memory_format)
     model = hf.hyperize(module, targets=["1.weight", "2.weight"], unit=(8, 8), z_dim=4)
     members = hf.ensemble(model, SIZE)

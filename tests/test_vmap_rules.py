@@ -44,7 +44,7 @@ def rectified() -> nn.Module:
 
 Make = Callable[[], nn.Module]
 CASES: dict[str, tuple[Make, Targets, tuple[int, ...]]] = {
-    "lstm": (lambda: Recurrent(nn.LSTM(8, 8, num_layers=2, batch_first=True)), nn.LSTM, (3, 5, 8)),
+    "lstm": (lambda: Recurrent(nn.LSTM(8, 8, batch_first=True)), nn.LSTM, (3, 5, 8)),
     "gru": (lambda: Recurrent(nn.GRU(8, 8, batch_first=True)), nn.GRU, (3, 5, 8)),
     "rnn": (lambda: Recurrent(nn.RNN(8, 8, batch_first=True)), "memory.weight_ih_l0", (3, 5, 8)),
     "lstm not generated": (lambda: Recurrent(nn.LSTM(8, 8, batch_first=True)), "head.weight", (3, 5, 8)),
