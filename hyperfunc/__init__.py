@@ -41,6 +41,7 @@ from hyperfunc import (
     tracking,
     training,
     tree,
+    vmap_rules,
     watch,
 )
 from hyperfunc._version import __version__
@@ -123,5 +124,6 @@ __all__ = [
     "tracking",
     "training",
     "tree",
+    "vmap_rules",
     "watch",
 ]

@@ -23,7 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 from hyperfunc import tree
 from hyperfunc.hypernet import HyperNetParams, generate_kernels, init_embeddings
-from hyperfunc.model import BatchStats, Model, Params
+from hyperfunc.model import BatchStats, Model, Params, check_model
+from hyperfunc.primary import check_module, check_values
 from hyperfunc.randomness import Seed, fold_in
 
 
@@ -113,9 +114,14 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
     length 1 here. A code of zeros stays zeros, and leaves the generator's biases.
 
     Raises:
-        ValueError: The model generates nothing, or the encoder's code has no entry. The functions of the result raise
-            one for conditions, or codes, of a wrong shape.
+        ValueError: The model generates nothing, or is no Model; the encoder is none, or its code has no entry. The
+            functions of the result raise one for conditions, or codes, of a wrong shape.
     """
+    check_model(model)
+    if not isinstance(encoder, Encoder):
+        raise ValueError(
+            f"encoder: got {type(encoder).__name__}, expected an Encoder; conditions.from_module makes one of a module"
+        )
     if not model.tiling.names:
         raise ValueError(
             "model: it generates none of its weights, so that nothing could depend on a condition; "
@@ -141,14 +147,21 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
                 f"{tuple(found.shape)}, expected {(len(conditions), encoder.code_dim)}; set code_dim to what the "
                 "encoder puts out, and let it keep the first dimension"
             )
+        if found.is_complex():
+            raise ValueError(
+                f"encoder: got {str(found.dtype).removeprefix('torch.')} codes, expected real ones; give it conditions "
+                "of real numbers, as torch.view_as_real makes them"
+            )
         return F.normalize(found, dim=1)
 
     def mix(params: ConditionalParams, code: Float[Tensor, "code"]) -> Params:
         tables = params.model.embeddings
         mixed = {key: torch.einsum("k,kuz->uz", code.to(table.dtype), table) for key, table in tables.items()}
-        return params.model._replace(embeddings=mixed)
+        # Not _replace, which torch.compile cannot trace in torch 2.7.
+        return Params(params.model.generator, mixed, params.model.primary)
 
     def at(params: ConditionalParams, condition: Tensor) -> Params:
+        _check_tensor("condition", condition)
         return mix(params, codes(params, condition.unsqueeze(0))[0])
 
     def kernels(params: ConditionalParams, condition: Tensor) -> dict[str, Tensor]:
@@ -172,16 +185,14 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
         seed: Seed | None = None,
         **kwargs: Any,
     ) -> tuple[Any, BatchStats]:
+        _check_tensor("conditions", conditions)
         _check_one_a_sample(conditions, args)
         # Each sample goes in as a batch of one, because a module may not know how to do without a batch.
         singles = tree.map(lambda leaf: leaf.unsqueeze(1), args)
 
         def one(code: Tensor, index: Tensor, sample: tuple[Any, ...]) -> tuple[Any, BatchStats]:
             own_seed = None if seed is None else fold_in(seed, index)
-            # Mapped kernels in channels_last order, over batches of one, get wrong gradients from torch 2.15 on the CPU
-            # in float64, without a word.
-            weights = tree.map(torch.Tensor.contiguous, model.weights(mix(params, code)))
-            return model.forward(weights, batch_stats, *sample, train=train, seed=own_seed, **kwargs)
+            return model.apply(mix(params, code), batch_stats, *sample, train=train, seed=own_seed, **kwargs)
 
         with _BatchNormOverSamples(len(conditions)):
             index = torch.arange(len(conditions), device=conditions.device)
@@ -257,9 +268,11 @@ def from_module(module: nn.Module, code_dim: int) -> Encoder:
         code_dim: Length of what it puts out.
 
     Raises:
-        ValueError: The module normalises over the batch, which would make a code depend on other conditions. The
-            encoder raises one for conditions that the module cannot take.
+        ValueError: The module normalises over the batch, which would make a code depend on other conditions; or it is
+            one that `hyperize` would not take either, such as a lazily initialised or quantized one. The encoder
+            raises one for conditions that the module cannot take.
     """
+    check_module(module)
     for path, layer in module.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
@@ -268,6 +281,7 @@ def from_module(module: nn.Module, code_dim: int) -> Encoder:
             )
     values = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    check_values({**values, **buffers})
     skeleton = copy.deepcopy(module).eval()
     # By device, so that a call copies nothing to one that a model was initialised on: a CUDA graph could not.
     ready: dict[torch.device, dict[str, Tensor]] = {}
@@ -397,6 +411,11 @@ def _draw_alike(generator: Generator, p: HyperNetParams, z: Float[Tensor, "units
 def _check_bounds(low: float, high: float) -> None:
     if not low < high:
         raise ValueError(f"low, high: got {low} and {high}, expected the first to be less than the second")
+
+
+def _check_tensor(name: str, conditions: Any) -> None:
+    if not isinstance(conditions, Tensor):
+        raise ValueError(f"{name}: got {conditions!r}, expected a tensor; make it one with torch.tensor")
 
 
 def _check_one_a_sample(conditions: Tensor, args: tuple[Any, ...]) -> None:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from hyperfunc import tree
-from hyperfunc.model import BatchStats, Forward, Model, Params
+from hyperfunc.model import BatchStats, Forward, Model, Params, check_model
 from hyperfunc.optim import Optimizer
 from hyperfunc.training import Step, TrainState
 
@@ -63,21 +63,39 @@ def ensemble(model: Model, n: int) -> Ensemble:
         n: The number of members.
 
     Raises:
-        ValueError: `n` is not positive. `member` raises one for an index that there is not.
+        ValueError: `n` is not positive, or `model` is no Model. The functions of the result raise one for tensors
+            without the members as first dimension, and `member` for an index that there is not.
     """
-    if n < 1:
-        raise ValueError(f"n: got {n}, expected at least 1 member")
+    check_model(model)
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"n: got {n}, expected at least 1 member, as a whole number")
 
     def init(generator: Generator) -> tuple[Params, BatchStats]:
         return _stack([model.init(generator) for _ in range(n)])
 
+    def check(name: str, stacked: Any) -> None:
+        for place, leaf in enumerate(tree.leaves(stacked)):
+            if isinstance(leaf, Tensor) and leaf.shape[:1] != (n,):
+                raise ValueError(
+                    f"{name}: {list(tree.named_leaves(stacked))[place] or 'it'} has the shape {tuple(leaf.shape)}, "
+                    f"expected the {n} members as first dimension; give what the ensemble's own functions return, or "
+                    "torch.stack of one for each member"
+                )
+
     def apply(params: Params, batch_stats: BatchStats, /, *args: Any, train: bool, **kwargs: Any) -> Any:
+        check("params", params)
+        check("batch_stats", batch_stats)
+
         def one(params: Params, batch_stats: BatchStats) -> Any:
             return model.apply(params, batch_stats, *args, train=train, **kwargs)
 
         return torch.vmap(one, randomness="different")(params, batch_stats)
 
     def apply_each(params: Params, batch_stats: BatchStats, /, *args: Any, train: bool, **kwargs: Any) -> Any:
+        check("params", params)
+        check("batch_stats", batch_stats)
+        check("args", args)
+
         def one(params: Params, batch_stats: BatchStats, args: tuple[Any, ...]) -> Any:
             return model.apply(params, batch_stats, *args, train=train, **kwargs)
 
@@ -90,6 +108,7 @@ def ensemble(model: Model, n: int) -> Ensemble:
     def member(stacked: Any, index: int) -> Any:
         if not 0 <= index < n:
             raise ValueError(f"index: got {index}, expected a member from 0 to {n - 1}")
+        check("stacked", stacked)
         return tree.map(lambda leaf: leaf[index].clone(), stacked)
 
     return Ensemble(init, apply, apply_each, predict, member, model, n)

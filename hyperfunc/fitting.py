@@ -23,7 +23,7 @@ from torch.func import vjp
 
 from hyperfunc import tree
 from hyperfunc.hypernet import HyperNetParams
-from hyperfunc.model import BatchStats, Model, Params
+from hyperfunc.model import BatchStats, Model, Params, check_model
 from hyperfunc.primary import check_state_dict
 from hyperfunc.tiling import Layer, assemble
 
@@ -58,7 +58,7 @@ class Fit(NamedTuple):
 
 def fit_embeddings(
     model: Model,
-    state_dict: Mapping[str, Tensor],
+    state_dict: Mapping[str, Any],
     *,
     generator: Generator | None = None,
     sweeps: int = 20,
@@ -79,9 +79,11 @@ def fit_embeddings(
         tolerance: It ends earlier once a sweep takes off less than this share of the error.
 
     Raises:
-        ValueError: `state_dict` lacks a name, has one too many or one of another shape, or a weight to be fitted is not
-            finite; or `sweeps` or `tolerance` is negative.
+        ValueError: `state_dict` lacks a name, has one too many, or one that is no tensor of real numbers of the right
+            shape; what it has is on the meta device, or a weight to be fitted is not finite; a module's extra state
+            in it is not that of the model's module; or `sweeps` or `tolerance` is negative.
     """
+    check_model(model)
     if sweeps < 0:
         raise ValueError(f"sweeps: got {sweeps}, expected at least 0")
     if not tolerance >= 0:
@@ -254,14 +256,14 @@ def _share_explained(target: Tensor, fitted: Tensor) -> float:
     return 1 - error / total
 
 
-def _by_first_name(model: Model, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _by_first_name(model: Model, state_dict: Any) -> dict[str, Tensor]:
     """The tensors by the names that the model knows them by; a tied one may be given by any of its names.
 
     Raises:
-        ValueError: The state_dict does not fit, or a weight to be fitted is not finite.
+        ValueError: The state_dict does not fit, is without values, or a weight to be fitted is not finite.
     """
-    for prefix in ("module.", "_orig_mod.", "model."):
-        if state_dict and all(name.startswith(prefix) for name in state_dict):
+    for prefix in ("module.", "_orig_mod.", "model.") if isinstance(state_dict, Mapping) else ():
+        if state_dict and all(str(name).startswith(prefix) for name in state_dict):
             stripped = f"{{name.removeprefix({prefix!r}): tensor for name, tensor in state_dict.items()}}"
             raise ValueError(f"state_dict: every name begins with {prefix!r}; give {stripped}")
     check_state_dict(model.module, state_dict)
@@ -273,6 +275,9 @@ def _by_first_name(model: Model, state_dict: Mapping[str, Tensor]) -> dict[str, 
                 found.setdefault(first.setdefault(id(tensor), name), state_dict[name])
             else:
                 first.setdefault(id(tensor), name)
+    for name, tensor in found.items():
+        if tensor.is_meta:
+            raise ValueError(f"state_dict: {name} is on the meta device, without values; give that of a real module")
     for name in model.tiling.names:
         if not bool(found[name].isfinite().all()):
             raise ValueError(f"state_dict: {name} has values that are not finite, and nothing can be fitted to them")

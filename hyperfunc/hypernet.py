@@ -137,13 +137,17 @@ def check_init(init: str) -> None:
         raise ValueError(f"init: got {init!r}, expected one of {', '.join(get_args(Init))}")
 
 
-def check_sizes(unit: Any, z_dim: int, hidden_dim: int | None) -> None:
+def check_sizes(unit: Any, z_dim: Any, hidden_dim: Any) -> None:
     """Raises a ValueError where a generator cannot have these sizes."""
-    if not isinstance(unit, Sequence) or len(unit) != 2 or min(unit) < 1:
+    if not isinstance(unit, Sequence) or len(unit) != 2 or not all(map(_is_extent, unit)):
         raise ValueError(f"unit: got {unit}, expected two positive channel counts (out, in)")
     for name, value in (("z_dim", z_dim), ("hidden_dim", hidden_dim)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
+        if value is not None and not _is_extent(value):
+            raise ValueError(f"{name}: got {value!r}, expected at least 1, as a whole number")
+
+
+def _is_extent(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
 
 
 def _normal(generator: Generator, shape: Sequence[int]) -> Tensor:

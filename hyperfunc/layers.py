@@ -49,12 +49,14 @@ def kernel_of(layer: nn.Module, name: str, unit: tuple[int, int]) -> Kernel:
             channels than that are folded to fill them.
 
     Raises:
-        ValueError: The parameter is a single number, or a vector of a layer that is not known here, and by its name no
-            bias: it may be a scale, which at 0 would let nothing through.
+        ValueError: The parameter is a single number, or has no entries, or is a vector of a layer that is not known
+            here, and by its name no bias: it may be a scale, which at 0 would let nothing through.
     """
     shape = tuple(layer.get_parameter(name).shape)
     if not shape:
         raise ValueError("a single number has no channels to generate it by; leave it out of the targets")
+    if not math.prod(shape):
+        raise ValueError(f"it has the shape {shape}, without any entry; leave it out of the targets")
     if len(shape) == 1 or isinstance(layer, NORMS):
         is_norm = isinstance(layer, NORMS)
         if not is_norm and "bias" not in name:

@@ -17,14 +17,17 @@ from hyperfunc.hypernet import (
     check_init,
     check_sizes,
     generate_kernels_at_once,
+    generator_shapes,
     init_embeddings,
     init_generator,
 )
-from hyperfunc.primary import check_module, on_meta, with_values
+from hyperfunc.layers import is_linear_map
+from hyperfunc.primary import check_module, check_values, on_meta, with_values
 from hyperfunc.randomness import Seed, Seeded, drawing_layers
 from hyperfunc.residual import Block, ResNet, Shortcut, init_weights
 from hyperfunc.targets import Targets, choose
 from hyperfunc.tiling import Kernel, Tiling, assemble, plain_kernel, tile
+from hyperfunc.vmap_rules import VmapRules, check_mapped_training, counting_norms
 
 BatchStats = dict[str, Tensor]
 """The module's buffers by name: running means and variances of its batch norms, and whatever else it keeps."""
@@ -198,12 +201,7 @@ def hyperize(
     kernels = choose(module, targets, unit)
     values = {name: p.detach().clone() for name, p in module.named_parameters() if name not in kernels}
     buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
-    empty = [name for name, value in {**values, **buffers}.items() if value.is_meta]
-    if empty:
-        raise ValueError(
-            f"module: it is on the meta device, without values for {', '.join(empty)}, which are not generated; make "
-            "it on the CPU, or give it values with module.to_empty(device='cpu') and its own initialisation"
-        )
+    check_values({**values, **buffers})
 
     def init_from_module(generator: Generator) -> tuple[dict[str, Tensor], BatchStats]:
         return tree.map(lambda leaf: leaf.to(generator.device, copy=True), (values, buffers))
@@ -254,6 +252,14 @@ def from_recipe(recipe: Mapping[str, Any], module: nn.Module | None = None) -> M
         raise ValueError(f"recipe: {error}; it was written by another version of hyperfunc") from None
 
 
+def check_model(model: Any) -> None:
+    """Raises a ValueError where it is another kind of object."""
+    if not isinstance(model, Model):
+        raise ValueError(
+            f"model: got {type(model).__name__}, expected a Model; that of a Conditional or an Ensemble is its `model`"
+        )
+
+
 def materialize(model: Model, params: Params, batch_stats: BatchStats) -> nn.Module:
     """The primary network as an ordinary module that holds the generated weights: no hypernetwork is left in it.
 
@@ -264,12 +270,14 @@ def materialize(model: Model, params: Params, batch_stats: BatchStats) -> nn.Mod
     Raises:
         ValueError: `params` or `batch_stats` do not belong to `model`.
     """
+    check_model(model)
     return with_values(model.module, {**model.weights(params), **batch_stats})
 
 
 def make_forward(module: nn.Module) -> Forward:
     """`module`, on the meta device, as a pure function of its weights and buffers; see `Model.forward`."""
-    drawing = drawing_layers(module)
+    drawing, counting = drawing_layers(module), counting_norms(module)
+    has_onednn = torch.backends.mkldnn.is_available()
     # The mode is fixed in one module for each, because switching it at the call would be hidden state.
     modules = {True: copy.deepcopy(module).train(), False: copy.deepcopy(module).eval()}
 
@@ -290,16 +298,29 @@ def make_forward(module: nn.Module) -> Forward:
             )
         # functional_call writes new statistics into the tensors that it is given, so it is given copies.
         new_stats = tree.clone(batch_stats)
-        if train:
+        is_mapped = tree.is_mapped((weights, batch_stats, args, kwargs))
+        if train and is_mapped:
+            check_mapped_training(counting)
             new_stats = tree.mapped_with(new_stats, (weights, args, kwargs))
-        with nullcontext() if seed is None else Seeded(seed):
+        values = {**{name: _safe_order(leaf, has_onednn) for name, leaf in weights.items()}, **new_stats}
+        with VmapRules() if is_mapped else nullcontext(), nullcontext() if seed is None else Seeded(seed):
             # Without strict=True a name that the module does not know would be passed over in silence.
-            values = {**weights, **new_stats}
             output = functional_call(modules[train], values, args, kwargs, strict=True)
         # A buffer that forward replaced, instead of writing into it, is in `values` alone.
         return output, {name: values[name] for name in new_stats}
 
     return forward
+
+
+def _safe_order(weight: Tensor, has_onednn: bool) -> Tensor:
+    """The weight, in plain memory order where its convolution would be one of torch's own on the CPU.
+
+    Of a channels_last kernel these compute a wrong gradient without a word, where they are grouped, as under vmap all
+    are, and the batch is of one: so in torch 2.7.1 and 2.15.0. In float32 oneDNN stands in for them, in float64 never.
+    """
+    if weight.dim() != 4 or weight.device.type != "cpu" or (weight.dtype == torch.float32 and has_onednn):
+        return weight
+    return weight.contiguous()
 
 
 def _make_model(
@@ -320,7 +341,12 @@ def _make_model(
     tiling = tile(kernels_by_name, unit)
     generated = set(tiling.names)
     units_of = {key: sum(layer.units for layer in layers) for key, layers in tiling.layers.items()}
+    shapes_of = {
+        key: ((z_dim,), *generator_shapes(layers[0].window, unit, z_dim, hidden_dim))
+        for key, layers in tiling.layers.items()
+    }
     _check_dtypes(tiling, parameters)
+    linear_maps = {name for name in tiling.names if _is_linear_map(module, name)}
 
     def init_params(generator: Generator) -> tuple[Params, BatchStats]:
         generators: dict[str, HyperNetParams] = {}
@@ -337,20 +363,40 @@ def _make_model(
         primary = {name: value for name, value in primary.items() if name not in generated}
         return Params(generators, embeddings, primary), batch_stats
 
-    def kernels(params: Params) -> dict[str, Tensor]:
+    def check(params: Any) -> None:
+        if not isinstance(params, Params):
+            raise ValueError(
+                f"params: got a {type(params).__name__}, expected the Params of the model's init, or of one condition, "
+                "as at(params, condition) of a conditional model gives them"
+            )
         found = {key: len(z) if z.dim() == 2 else tuple(z.shape[:-1]) for key, z in params.embeddings.items()}
         if found != units_of:
             raise ValueError(
                 f"params: they hold embeddings {found} and the model needs {units_of}; give those of its init"
             )
+        for key, z in params.embeddings.items():
+            shapes = (z.shape[1:], *(leaf.shape for leaf in params.generator.get(key, ())))
+            if shapes != shapes_of[key]:
+                raise ValueError(
+                    f"params: the embeddings and the generator of '{key}' have the shapes "
+                    f"{', '.join(str(tuple(shape)) for shape in shapes)}, expected "
+                    f"{', '.join(str(shape) for shape in shapes_of[key])}; give those of its init"
+                )
+
+    def kernels(params: Params) -> dict[str, Tensor]:
+        check(params)
         whole: dict[str, Tensor] = {}
         for key, layers in tiling.layers.items():
             units = generate_kernels_at_once(params.generator[key], params.embeddings[key])
-            whole.update(assemble(layers, units))
+            # Under autocast the units are of its dtype, which convolutions and linear layers ask for, and norms refuse.
+            dtype = params.embeddings[key].dtype
+            for name, kernel in assemble(layers, units).items():
+                whole[name] = kernel if name in linear_maps else kernel.to(dtype)
         return whole
 
     def weights(params: Params) -> dict[str, Tensor]:
-        return {**params.primary, **kernels(params)}
+        whole = kernels(params)  # first, because it looks at params
+        return {**params.primary, **whole}
 
     forward = make_forward(module)
 
@@ -366,6 +412,11 @@ def _make_model(
         return forward(weights(params), batch_stats, *args, train=train, seed=seed, **kwargs)
 
     return Model(init_params, apply, kernels, forward, weights, tiling, module, recipe)
+
+
+def _is_linear_map(module: nn.Module, name: str) -> bool:
+    path, _, short_name = name.rpartition(".")
+    return is_linear_map(module.get_submodule(path), short_name)
 
 
 def _check_dtypes(tiling: Tiling, parameters: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hyperfunc import checkpoint
-from hyperfunc.model import BatchStats, Model, Params, from_recipe
+from hyperfunc.model import BatchStats, Model, Params, check_model, from_recipe
 
 
 def save(
@@ -36,6 +36,7 @@ def save(
         OSError: The file cannot be written; an older one stands as it was.
         ValueError: `params` or `batch_stats` do not belong to `model`.
     """
+    check_model(model)
     trees = {"best": (params, batch_stats)}
     tensors = checkpoint.named(trees)
     # What could not be read again is not written.

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from hyperfunc.hypernet import generator_shapes
-from hyperfunc.model import Model, Params
+from hyperfunc.model import Model, Params, check_model
 
 
 class Row(NamedTuple):
@@ -87,10 +87,7 @@ def summary(model: Model, params: Params | None = None) -> Summary:
     Raises:
         ValueError: `params` do not belong to `model`, or it is no `Model`.
     """
-    if not isinstance(model, Model):
-        raise ValueError(
-            f"model: got {type(model).__name__}, expected a Model; that of a Conditional or an Ensemble is its `model`"
-        )
+    check_model(model)
     rows = {
         layer.name: Row(layer.name, layer.shape, key, layer.grid, layer.units, layer.fan_in, layer.kernel.std)
         for key, layers in model.tiling.layers.items()

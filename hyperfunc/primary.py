@@ -10,9 +10,14 @@ from torch.nn.parameter import is_lazy
 
 from hyperfunc import tree
 
+_EXTRA_STATE = "_extra_state"
+"""What torch calls in a state_dict what a module's get_extra_state gives."""
 
-def check_module(module: nn.Module) -> None:
+
+def check_module(module: Any) -> None:
     """Raises a ValueError, naming the place and the cure, where `module` cannot be a primary network as it is."""
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module: got {_kind(module)}, expected an instance of torch.nn.Module")
     registered = {id(parameter): f"the parameter {name}" for name, parameter in module.named_parameters()}
     registered |= {id(buffer): f"the buffer {name}" for name, buffer in module.named_buffers()}
     for path, layer in module.named_modules():
@@ -59,31 +64,51 @@ def check_module(module: nn.Module) -> None:
             )
 
 
-def check_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], name: str = "state_dict") -> None:
+def check_values(values: Mapping[str, Tensor]) -> None:
+    """Raises a ValueError that names those of a module's tensors that are on the meta device."""
+    empty = [name for name, value in values.items() if value.is_meta]
+    if empty:
+        raise ValueError(
+            f"module: it is on the meta device, without values for {', '.join(empty)}, which nothing generates; make "
+            "it on the CPU, or give it values with module.to_empty(device='cpu') and its own initialisation"
+        )
+
+
+def check_state_dict(module: nn.Module, state_dict: Any, name: str = "state_dict") -> None:
     """Raises a ValueError that names each difference where a state_dict does not fit `module`, of which shapes count.
 
-    A tied parameter may be given by any of its names, and by several. Buffers that are not persistent may be missing.
+    A tied parameter may be given by any of its names, and by several. Buffers that are not persistent may be missing,
+    and so may extra state, which stays as the module has it; where it is given it must be equal to that.
 
     Args:
         module: The primary network; it may be on the meta device.
         state_dict: Tensors by name.
         name: What the state_dict is called in the message.
     """
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"{name}: got {_kind(state_dict)}, expected tensors by name, as a module's state_dict() gives")
     first: dict[int, str] = {}
     known: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     known |= dict(module.named_buffers(remove_duplicate=False))
+    extra = {
+        f"{path}.{_EXTRA_STATE}" if path else _EXTRA_STATE: layer
+        for path, layer in module.named_modules(remove_duplicate=False)
+        if type(layer).get_extra_state is not nn.Module.get_extra_state
+    }
     given: set[str] = set()
     for path, tensor in known.items():
         first.setdefault(id(tensor), path)
         if path in state_dict:
             given.add(first[id(tensor)])
-    needed = {first[id(known[path])] for path in module.state_dict(keep_vars=True) if path in known}
+    needed = {first[id(known[path])] for path in known if path not in _not_persistent(module)}
     differences = [f"{path} is missing" for path in sorted(needed - given)]
-    for path, tensor in state_dict.items():
-        if path not in known:
+    for path, value in state_dict.items():
+        if path in extra:
+            _check_extra_state(f"{name}: {path}", extra[path], value)
+        elif path not in known:
             differences.append(f"{path} is unknown")
-        elif tensor.shape != known[path].shape:
-            differences.append(f"{path} is {tree.describe(tensor)}, expected {tree.describe(known[path])}")
+        elif not _is_plain_like(value, known[path]):
+            differences.append(f"{path} is {_describe(value)}, expected {tree.describe(known[path])}")
     if differences:
         raise ValueError(
             f"{name}: it does not fit the module ({type(module).__name__}): {'; '.join(differences)}; it must come "
@@ -156,3 +181,54 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple, dict)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _tensors_in(part)
+
+
+def _not_persistent(module: nn.Module) -> set[str]:
+    """The buffers that no state_dict holds.
+
+    They are not asked of state_dict() itself, which calls the module's own code, and that may want values, where the
+    module is on the meta device.
+    """
+    return {
+        f"{path}.{short_name}" if path else short_name
+        for path, layer in module.named_modules(remove_duplicate=False)
+        for short_name in layer._non_persistent_buffers_set
+    }
+
+
+def _check_extra_state(place: str, layer: nn.Module, value: Any) -> None:
+    """Raises a ValueError where extra state is not what `layer` has, because neither parameters nor buffers hold it."""
+    try:
+        is_same = tree.equal(layer.get_extra_state(), value)
+    except RuntimeError:  # it is made of parameters, which are on the meta device
+        is_same = False
+    if not is_same:
+        raise ValueError(
+            f"{place} is not the extra state of the module's {type(layer).__name__}, and a hypernetwork has no place "
+            "for it; load it into the module before that is hyperized, or leave it out"
+        )
+
+
+def _is_plain_like(value: Any, like: Tensor) -> bool:
+    """Whether it is a tensor of the shape of `like`, whose numbers can stand for those of `like`."""
+    return (
+        isinstance(value, Tensor)
+        and not is_lazy(value)
+        and value.layout is torch.strided
+        and not value.is_quantized
+        and (like.is_complex() or not value.is_complex())
+        # The other way round is common: statistics that count, converted along with all others.
+        and (value.is_floating_point() or not like.is_floating_point())
+        and value.shape == like.shape
+    )
+
+
+def _describe(value: Any) -> str:
+    if not isinstance(value, Tensor) or is_lazy(value):
+        return _kind(value)
+    layout = "" if value.layout is torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+    return f"{layout}{tree.describe(value)}"
+
+
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"

@@ -41,9 +41,9 @@ def fold_in(seed: Seed, number: Seed) -> Seed:
 class Seeded(TorchFunctionMode):
     """A context in which what is random is a function of `seed` alone.
 
-    All kinds of dropout in torch.nn are, that of attention included, fractional pooling, `rand`, `randn`, their
-    `_like`, `bernoulli`, and the methods `bernoulli_`, `uniform_` and `normal_`. Under `torch.vmap` a seed that is not
-    mapped gives all members the same numbers, and a mapped one gives each its own.
+    All kinds of dropout in torch.nn are, that of attention included, nn.RReLU, fractional pooling, `rand`, `randn`,
+    their `_like`, `bernoulli`, and the methods `bernoulli_`, `uniform_` and `normal_`. Under `torch.vmap` a seed that
+    is not mapped gives all members the same numbers, and a mapped one gives each its own.
 
     What runs later is not in the context: the second forward pass of `torch.utils.checkpoint`, in a `backward()` after
     the context, drops anew.
@@ -66,6 +66,8 @@ class Seeded(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _attention_forward(*args, **kwargs)
+        if func is Tensor.unflatten:  # attention calls it, and torch.compile can trace it in torch 2.7 as a method only
+            return args[0].unflatten(*args[1:], **kwargs)
         seeded_form = _SEEDED.get(func)
         if seeded_form is not None and kwargs.get("generator") is None:
             return seeded_form(self, func, *args, **kwargs)
@@ -103,12 +105,14 @@ class Seeded(TorchFunctionMode):
 
 
 def _rate_of(layer: nn.Module) -> float:
-    """How much of its input a layer drops in training."""
+    """How much of its input a layer drops in training, or how much a slope that it draws may vary."""
     # torchvision's StochasticDepth goes by its name, because torchvision takes a second to import.
     if isinstance(layer, nn.modules.dropout._DropoutNd) or type(layer).__name__ == "StochasticDepth":
         return float(layer.p)  # pyright: ignore[reportArgumentType]
     if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)):
         return layer.dropout
+    if isinstance(layer, nn.RReLU):
+        return layer.upper - layer.lower
     return 0.0
 
 
@@ -225,6 +229,23 @@ def _attention(
     return _drop(mode, weights, weights.shape, dropout_p, True, False) @ value
 
 
+def _rrelu(
+    mode: Seeded,
+    func: Callable[..., Any],
+    input: Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    inplace: bool = False,
+) -> Tensor:
+    """Xu et al. 2015 (arXiv 1505.00853), section 2.4: a leaky rectifier with a slope of its own for each number."""
+    if not training:
+        return func(input, lower, upper, training, inplace)
+    slope = lower + (upper - lower) * mode.uniform(input.shape, input.device).to(input.dtype)
+    output = torch.where(input < 0, input * slope, input)
+    return input.copy_(output) if inplace else output
+
+
 def _rand(mode: Seeded, func: Callable[..., Any], *size: Any, **kwargs: Any) -> Tensor:
     return _like_factory(mode, func, torch.empty(*size, **kwargs))
 
@@ -273,6 +294,7 @@ _SEEDED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.alpha_dropout: _alpha_dropout,
     F.feature_alpha_dropout: _alpha_dropout,
     F.scaled_dot_product_attention: _attention,
+    F.rrelu: _rrelu,
     F.fractional_max_pool2d: _fractional_pool,
     F.fractional_max_pool3d: _fractional_pool,
     F.fractional_max_pool2d_with_indices: _fractional_pool,
@@ -310,7 +332,6 @@ _REFUSED = (
     torch.feature_alpha_dropout_,
     torch.rrelu,
     torch.rrelu_,
-    F.rrelu,
     F.rrelu_,
     F.gumbel_softmax,
     Tensor.multinomial,

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -44,14 +44,18 @@ def choose(module: nn.Module, targets: Targets | None, unit: tuple[int, int]) ->
     uses = _uses(module)
     if targets is None:
         chosen = _default(module, uses, unit)
-    elif callable(targets) and not isinstance(targets, type):
+    elif callable(targets) and not isinstance(targets, (type, nn.Module)):
         chosen = {name for name in uses if targets(name, module.get_parameter(name))}
         if not chosen:
             raise ValueError(
                 f"targets: the predicate chose none of the parameters of {_title(module)}: {_list(list(uses))}"
             )
     else:
-        several: list[Target] = [targets] if isinstance(targets, (str, type)) else list(targets)
+        several: list[Any] = (
+            list(targets) if isinstance(targets, Iterable) and not isinstance(targets, str) else [targets]
+        )
+        for target in several:
+            _check_target(target)
         if not several:
             raise ValueError(
                 "targets: got none, expected at least one name, pattern or type; without the argument, convolutions "
@@ -59,6 +63,16 @@ def choose(module: nn.Module, targets: Targets | None, unit: tuple[int, int]) ->
             )
         chosen = {name for target in several for name in _matches(module, uses, target)}
     return {name: _kernel(name, places, unit) for name, places in uses.items() if name in chosen}
+
+
+def _check_target(target: Any) -> None:
+    """Raises a ValueError where it is neither a name nor a type of module."""
+    if not isinstance(target, str) and not (isinstance(target, type) and issubclass(target, nn.Module)):
+        hint = f"; for all of its type give {type(target).__name__}" if isinstance(target, nn.Module) else ""
+        raise ValueError(
+            f"targets: got {target!r}, expected a name or pattern of parameters, a type of module, several of these, "
+            f"or a predicate on (name, parameter){hint}"
+        )
 
 
 def _uses(module: nn.Module) -> dict[str, list[Use]]:

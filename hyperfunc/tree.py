@@ -72,11 +72,18 @@ def clone(tree: Tree) -> Tree:
     return replace_leaves(tree, [copies[place] for place in range(len(values))])
 
 
+def is_mapped(tree: Any) -> bool:
+    """Whether `torch.vmap` maps over a leaf. torch.compile cannot trace the question; under it the answer is no."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(isinstance(leaf, Tensor) and _is_mapped(leaf) for leaf in pytree.tree_leaves(tree))
+
+
 def mapped_with(tree: Tree, others: Any) -> Tree:
     """`tree`, and where `torch.vmap` maps over a leaf of `others`, mapped along with it, the same for all members.
 
-    So each member has leaves of its own to write into, which vmap demands of what is written in place. torch.compile
-    cannot trace the question; under it nothing is mapped along.
+    So each member has leaves of its own to write into, which vmap demands of what is written in place. Under
+    torch.compile nothing is mapped along; see `is_mapped`.
     """
     if torch.compiler.is_compiling():
         return tree
@@ -112,6 +119,12 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     return torch.cat([leaf.reshape(-1) for leaf in values]), unravel
 
 
+def equal(tree: Any, other: Any) -> bool:
+    """Whether two trees are of one structure and equal leaf by leaf, of which those that are no tensors count too."""
+    (ours, structure), (theirs, other_structure) = pytree.tree_flatten(tree), pytree.tree_flatten(other)
+    return structure == other_structure and all(_is_equal(*pair) for pair in zip(ours, theirs, strict=True))
+
+
 def describe(leaf: Tensor, *, any_length: bool = False) -> str:
     """Dtype and shape as in `float32[16, 3]`, or, where the first extent does not count, `float32[n, 3]`."""
     shape = ["n", *leaf.shape[1:]] if any_length and leaf.dim() else leaf.shape
@@ -132,6 +145,13 @@ def is_differentiated(tree: Any) -> bool:
     stack = torch._C._functorch.get_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
     vmap = torch._C._functorch.TransformType.Vmap  # pyright: ignore[reportAttributeAccessIssue]
     return any(interpreter.key() != vmap for interpreter in stack or [])
+
+
+def _is_equal(leaf: Any, other: Any) -> bool:
+    if isinstance(leaf, Tensor) and isinstance(other, Tensor):
+        return leaf.dtype == other.dtype and torch.equal(leaf, other.to(leaf.device))
+    # What does not say True or False, as an array, is not taken for equal.
+    return leaf is other or (type(leaf) is type(other) and (leaf == other) is True)
 
 
 def _is_functorch_wrapped(leaf: Tensor) -> bool:

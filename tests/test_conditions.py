@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import hyperfunc as hf
 from hyperfunc import conditions, tree
-from hyperfunc.conditions import Conditional, ConditionalParams
+from hyperfunc.conditions import Conditional, ConditionalParams, Encoder
 
 
 def in_float64(model: Conditional, generator: Generator) -> tuple[ConditionalParams, hf.BatchStats]:
@@ -299,7 +299,56 @@ def test_wrong_conditions(generator: Generator) -> None:
         calling(conditions.table(3), torch.tensor(0))
 
 
+@pytest.mark.parametrize(
+    ("encoder", "given", "message"),
+    [
+        (conditions.table(3), 1, "got 1, expected a tensor; make it one with torch.tensor"),
+        (conditions.table(3), torch.tensor(3), r"got task \[3\], expected 0 to 2"),
+        (conditions.table(3), torch.zeros(1, dtype=torch.int64), r"got int64\[1\], expected the number of a task"),
+        (conditions.bounded([0], [1]), torch.rand(2), r"got the shape \(2,\), expected \(1,\)"),
+        (
+            Encoder(lambda _: {}, lambda _, given: given, 1),
+            torch.ones(1) * 1j,
+            "got complex64 codes, expected real ones",
+        ),
+        (conditions.from_module(nn.Linear(2, 5), 5), torch.rand(3), r"cannot take 1 conditions, each float32\[3\]"),
+        (conditions.from_module(nn.Linear(2, 3), 5), torch.rand(2), r"got codes of shape \(1, 3\), expected \(1, 5\)"),
+    ],
+)
+def test_one_wrong_condition(encoder: hf.Encoder, given: Any, message: str, generator: Generator) -> None:
+    model = hf.conditional(hf.hyper_resnet(10, z_dim=4), encoder._replace(apply=unchecked(encoder.apply)))
+    params, batch_stats = model.init(generator)
+    message = f"^(condition|encoder): .*{message}"
+    with pytest.raises(ValueError, match=message):
+        unchecked(model.at)(params, given)
+    if isinstance(given, Tensor):
+        with pytest.raises(ValueError, match=message):
+            model.apply(params, batch_stats, given, torch.zeros(1, 3, 8, 8), train=False)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Sequential(nn.Linear(2, 4), nn.LazyLinear(3)), r"module: 1 \(LazyLinear\) is lazily initialised"),
+        (nn.Linear(2, 3, dtype=torch.complex64), "module: its parameter weight is complex64"),
+        (
+            nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3, device="meta")),
+            "one device, but 0.weight is on cpu, 1.weight",
+        ),
+        (nn.Linear(2, 3, device="meta"), "module: it is on the meta device, without values for weight, bias"),
+        (torch.tanh, "module: got an object of type builtin_function_or_method, expected an instance of torch.nn.Modu"),
+    ],
+)
+def test_modules_that_cannot_encode_are_named(module: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        unchecked(conditions.from_module)(module, 3)
+
+
 def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="encoder: got Linear, expected an Encoder; conditions.from_module makes one"):
+        unchecked(hf.conditional)(hf.hyper_resnet(10), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="model: got Conditional, expected a Model"):
+        unchecked(hf.conditional)(hf.conditional(hf.hyper_resnet(10), conditions.table(2)), conditions.table(2))
     with pytest.raises(ValueError, match="model: it generates none of its weights"):
         hf.conditional(hf.resnet(10), conditions.table(2))
     with pytest.raises(ValueError, match="code_dim 0, expected at least 1"):

@@ -4,7 +4,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from helpers import assert_trees_equal
+from helpers import assert_trees_equal, unchecked
 from torch import Generator, Tensor, nn
 
 import hyperfunc as hf
@@ -141,6 +141,30 @@ def test_a_members_dropout_is_what_it_would_be_alone(own_batches: bool, generato
     torch.testing.assert_close(outputs[1], alone, rtol=oracle.EXACT, atol=oracle.EXACT)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_members_over_batches_of_one_are_right(
+    memory_format: torch.memory_format, generator: Generator
+) -> None:
+    """Where torch's own convolutions on the CPU go wrong over kernels in channels_last order, generated or not."""
+    layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 8, 3), nn.Conv2d(8, 4, 1)]
+    module = nn.Sequential(*layers, nn.Flatten()).double().to(memory_format=memory_format)
+    model = hf.hyperize(module, targets=["1.weight", "2.weight"], unit=(8, 8), z_dim=4)
+    members = hf.ensemble(model, SIZE)
+    params, batch_stats = members.init(generator)
+    images = a_batch(generator, 1)[0].repeat(1, 1, 2, 2)
+
+    def loss(params: hf.Params, batch_stats: hf.BatchStats) -> Tensor:
+        return model.apply(params, batch_stats, images, train=True)[0].square().sum()
+
+    ours = torch.func.grad(lambda p: members.apply(p, batch_stats, images, train=True)[0].square().sum())(params)
+    inside = torch.vmap(torch.func.grad(loss))(params, batch_stats)
+    for index in range(SIZE):
+        alone = tree.named_leaves(torch.func.grad(loss)(*members.member((params, batch_stats), index)))
+        for found in (ours, inside):
+            for path, leaf in tree.named_leaves(members.member(found, index)).items():
+                torch.testing.assert_close(leaf, alone[path], rtol=1e-8, atol=1e-8, msg=path)
+
+
 def test_a_member_can_be_taken_out_and_saved(generator: Generator, tmp_path: Path) -> None:
     model = hf.hyper_resnet(10, z_dim=4)
     members = hf.ensemble(model, SIZE)
@@ -158,8 +182,23 @@ def test_bad_input(generator: Generator) -> None:
     model = hf.hyper_resnet(10, z_dim=4)
     with pytest.raises(ValueError, match="n: got 0, expected at least 1"):
         hf.ensemble(model, 0)
+    with pytest.raises(ValueError, match="n: got 2.5, expected at least 1 member, as a whole number"):
+        unchecked(hf.ensemble)(model, 2.5)
+    with pytest.raises(ValueError, match="model: got Conditional, expected a Model; .* its `model`"):
+        unchecked(hf.ensemble)(hf.conditional(model, hf.conditions.table(2)), 2)
     members = hf.ensemble(model, 2)
-    params, _ = members.init(generator)
+    params, batch_stats = members.init(generator)
+    single, single_stats = model.init(generator)
+    images = torch.zeros(4, 3, 8, 8)
+    expected = "expected the 2 members as first dimension"
+    with pytest.raises(ValueError, match=rf"params: generator/3x3/w_in has the shape \(16, 4, 4\), {expected}"):
+        members.apply(single, batch_stats, images, train=False)
+    with pytest.raises(ValueError, match=rf"batch_stats: blocks.0.bn1.running_mean has the shape \(16,\), {expected}"):
+        members.apply(params, single_stats, images, train=False)
+    with pytest.raises(ValueError, match=rf"args: 0 has the shape \(4, 3, 8, 8\), {expected}"):
+        members.apply_each(params, batch_stats, images, train=False)
+    with pytest.raises(ValueError, match=rf"stacked: generator/3x3/w_in has the shape \(16, 4, 4\), {expected}"):
+        members.member(single, 1)
     for index in (-1, 2):
         with pytest.raises(ValueError, match=f"index: got {index}, expected a member from 0 to 1"):
             members.member(params, index)

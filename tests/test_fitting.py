@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import assert_trees_equal
+from helpers import assert_trees_equal, unchecked
 from torch import Generator, Tensor, nn
 
 import hyperfunc as hf
@@ -221,6 +221,25 @@ def test_what_does_not_fit(generator: Generator) -> None:
     good["blocks.1.conv2.weight"][0, 0, 0, 0] = torch.inf
     with pytest.raises(ValueError, match="blocks.1.conv2.weight has values that are not finite"):
         hf.fit_embeddings(model, good)
+    expected = r", expected float32\[16\]; it must come from a module of the same class and sizes"
+    for wrong, description in (
+        ([0.0], "an object of type list"),
+        (nn.Parameter(torch.zeros(16)).detach().numpy(), "an object of type ndarray"),
+        (nn.UninitializedParameter(), "an object of type UninitializedParameter"),
+        (torch.zeros(16, dtype=torch.complex64), r"complex64\[16\]"),
+        (torch.zeros(16, dtype=torch.int8), r"int8\[16\]"),
+        (torch.zeros(16).to_sparse(), r"sparse_coo float32\[16\]"),
+    ):
+        with pytest.raises(ValueError, match=rf"state_dict: it does not fit .*: stem.bias is {description}{expected}"):
+            unchecked(hf.fit_embeddings)(model, {**good, "stem.bias": wrong})
+    with pytest.raises(ValueError, match="stem.bias is on the meta device, without values; give that of a real module"):
+        hf.fit_embeddings(model, {**good, "stem.bias": torch.zeros(16, device="meta")})
+    with pytest.raises(
+        ValueError, match=r"state_dict: got an object of type Linear, expected tensors by name, .*state_d"
+    ):
+        unchecked(hf.fit_embeddings)(model, nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="model: got Linear, expected a Model"):
+        unchecked(hf.fit_embeddings)(nn.Linear(2, 2), good)
     with pytest.raises(ValueError, match="sweeps: got -1"):
         hf.fit_embeddings(model, good, sweeps=-1)
     with pytest.raises(ValueError, match="tolerance: got -1"):

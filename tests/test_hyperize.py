@@ -167,6 +167,17 @@ def test_autocast_computes_in_bfloat16_and_stays_near(problem: Problem) -> None:
         assert (ours - theirs).norm() < 0.3 * theirs.norm()
 
 
+def test_autocast_leaves_alone_what_it_does_not_convert(generator: Generator) -> None:
+    norm, bilinear = nn.GroupNorm(4, 16), nn.Bilinear(16, 16, 16)
+    model = hf.hyperize(Pairs(norm, bilinear), targets="*", z_dim=8)
+    params, batch_stats = model.init(generator)
+    x = torch.randn(3, 16, generator=generator)
+    expected, _ = model.apply(params, batch_stats, x, train=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = model.apply(params, batch_stats, x, train=True)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
 @pytest.mark.traced
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, of its own parts
 def test_compiled_in_one_graph_equals_eager(problem: Problem) -> None:
@@ -206,6 +217,15 @@ def test_a_captured_step_equals_an_eager_one(problem: Problem) -> None:
     captured = capture.capture(step, state, batch)
     ours, theirs = tree.clone(captured(state, batch)), step(state, batch)
     assert_close(ours, theirs, tolerance=1e-6)
+
+
+class Pairs(nn.Module):
+    def __init__(self, norm: nn.Module, bilinear: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.bilinear = norm, bilinear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bilinear(x, self.norm(x))
 
 
 class TwoInTwoOut(nn.Module):

@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 import torchvision
-from helpers import assert_trees_equal
+from helpers import assert_trees_equal, unchecked
 from torch import Generator, Tensor, nn
 from torch.func import grad
 from torch.nn import functional as F
@@ -230,10 +230,10 @@ def test_hyperize_follows_the_dtype_of_the_module(generator: Generator) -> None:
     assert logits.dtype == torch.float64
 
 
-@pytest.mark.parametrize("sizes", [{"z_dim": 0}, {"hidden_dim": -1}])
+@pytest.mark.parametrize("sizes", [{"z_dim": 0}, {"hidden_dim": -1}, {"z_dim": 2.5}])
 def test_bad_sizes_are_found_when_the_model_is_made(sizes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(sizes))}: got {next(iter(sizes.values()))}, expected at least 1"):
-        hf.hyper_resnet(10, **sizes)
+        unchecked(hf.hyperize)(nn.Linear(16, 16), **sizes)
 
 
 def test_parameters_of_another_model_are_named(generator: Generator) -> None:
@@ -244,6 +244,17 @@ def test_parameters_of_another_model_are_named(generator: Generator) -> None:
         model.apply(params, batch_stats, torch.zeros(1, 3, 32, 32), train=False)
     with pytest.raises(ValueError, match=message):
         hf.materialize(model, params, batch_stats)
+    narrow, narrow_stats = hf.hyper_resnet(10, z_dim=5).init(generator)
+    with pytest.raises(
+        ValueError, match=r"the generator of '3x3' have the shapes \(5,\), .* expected \(64,\), \(16, 64,"
+    ):
+        hf.materialize(model, narrow, narrow_stats)
+    with pytest.raises(ValueError, match=r"the generator of '3x3' have the shapes \(64,\), expected"):
+        model.kernels(model.init(generator)[0]._replace(generator={}))
     conditional = hf.conditional(model, hf.conditions.table(2))
+    with pytest.raises(ValueError, match=r"params: got a ConditionalParams, .* as at\(params, condition\) of a"):
+        unchecked(model.kernels)(conditional.init(generator)[0])
+    with pytest.raises(ValueError, match="model: got Conditional, expected a Model"):
+        unchecked(hf.materialize)(conditional, params, batch_stats)
     with pytest.raises(ValueError, match=r"embeddings \{'3x3': \(2, 32\)\} and the model needs"):
         model.kernels(conditional.init(generator)[0].model)

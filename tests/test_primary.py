@@ -141,6 +141,64 @@ def test_a_state_dict_that_does_not_fit_is_described() -> None:
         check_state_dict(module, state_dict)
 
 
+class WithExtraState(nn.Module):
+    """Keeps what is neither a parameter nor a buffer, some of it made of them."""
+
+    def __init__(self, note: Any) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.note = note
+        self.asked = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x))
+
+    def get_extra_state(self) -> Any:
+        self.asked += 1
+        return self.note(self) if callable(self.note) else self.note
+
+    def set_extra_state(self, state: Any) -> None:
+        self.note = state
+
+
+@pytest.mark.parametrize("note", [{"steps": [1, 2.5], "scale": torch.ones(2)}, torch.arange(3), "text", None])
+def test_extra_state_goes_with_the_module(note: Any, generator: Generator, tmp_path: Path) -> None:
+    module = nn.Sequential(WithExtraState(note), nn.Linear(16, 4))
+    model = hf.hyperize(module, targets="0.last.weight", z_dim=4)
+    params, batch_stats = model.init(generator)
+    state_dict = hf.materialize(model, params, batch_stats).state_dict()
+    assert tree.equal(state_dict["0._extra_state"], note)
+    own = nn.Sequential(WithExtraState("other"), nn.Linear(16, 4))
+    own.load_state_dict(state_dict)
+    x = torch.randn(2, 16, generator=generator)
+    torch.testing.assert_close(own(x), model.apply(params, batch_stats, x, train=False)[0])
+    for given in (state_dict, {name: value for name, value in state_dict.items() if "extra" not in name}):
+        assert hf.fit_embeddings(model, given).explained["0.last.weight"] > 1 - 1e-6
+    with pytest.raises(
+        ValueError,
+        match=r"state_dict: 0._extra_state is not the extra state of the module's WithExtraState, .* load it into the "
+        "module before that is hyperized, or leave it out",
+    ):
+        hf.fit_embeddings(model, {**state_dict, "0._extra_state": "other"})
+    hf.save(tmp_path / "model", model, params, batch_stats)
+    again = hf.materialize(*hf.load(tmp_path / "model", module))
+    assert tree.equal(again.state_dict()["0._extra_state"], note)
+
+
+def test_extra_state_made_of_parameters(generator: Generator) -> None:
+    """It has no value where the module is on the meta device, and is not asked for there."""
+    module = WithExtraState(lambda self: self.first.weight.sum().item())
+    model = hf.hyperize(module, targets="last.weight", z_dim=4)
+    state_dict = hf.materialize(model, *model.init(generator)).state_dict()
+    del state_dict["_extra_state"]
+    hf.fit_embeddings(model, state_dict)
+    assert module.asked == 0
+    with pytest.raises(
+        ValueError, match="state_dict: _extra_state is not the extra state of the module's WithExtraSta"
+    ):
+        hf.fit_embeddings(model, {**state_dict, "_extra_state": 1.0})
+
+
 def lazy() -> nn.Module:
     return nn.Sequential(nn.Linear(16, 16), nn.Sequential(nn.ReLU(), nn.LazyLinear(16)))
 
@@ -230,6 +288,14 @@ def compiled() -> nn.Module:
 def test_modules_that_cannot_be_hyperized_are_named(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hf.hyperize(make(), targets="0.weight")
+
+
+@pytest.mark.parametrize("make", [lazy, with_integers, on_two_devices, with_complex_numbers])
+def test_a_file_is_not_read_into_such_a_module_either(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    model = hf.hyperize(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), targets="0.weight", z_dim=4)
+    hf.save(tmp_path / "model", model, *model.init(Generator()))
+    with pytest.raises(ValueError, match="^module: .*1.*; (run|register|move|hold) "):
+        hf.load(tmp_path / "model", make())
 
 
 def test_plain_attributes_that_hold_no_parameters_and_recurrent_layers_are_taken(generator: Generator) -> None:

@@ -5,7 +5,7 @@ from helpers import unchecked
 from torch import Tensor, nn
 
 import hyperfunc as hf
-from hyperfunc.targets import Targets
+from hyperfunc.targets import Targets, choose
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +170,33 @@ def test_a_type_does_not_pass_over_a_parametrized_weight(target: type[nn.Module]
         hf.hyperize(module, targets=target)
     name = "1.parametrizations.weight.original1"
     assert hf.hyperize(module, targets=["0.weight", name]).tiling.names == ("0.weight", name)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (3, "targets: got 3, expected a name or pattern of parameters, a type of module"),
+        (["weight", 3], "targets: got 3, expected a name"),
+        (int, "targets: got <class 'int'>, expected a name"),
+        (
+            nn.Linear(2, 2),
+            r"targets: got Linear\(.*a predicate on \(name, parameter\); for all of its type give Linear",
+        ),
+    ],
+)
+def test_targets_of_another_kind_are_named(targets: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        unchecked(choose)(nn.Linear(16, 16), targets, (16, 16))
+
+
+def test_a_parameter_without_entries_is_named() -> None:
+    module = nn.Linear(16, 16)
+    module.weight = nn.Parameter(torch.zeros(16, 0))
+    with pytest.raises(ValueError, match=r"targets: weight: it has the shape \(16, 0\), without any entry; leave it"):
+        hf.hyperize(module, targets="weight")
+
+
+@pytest.mark.parametrize("module", [nn.Linear, lambda x: x, "net"])
+def test_what_is_no_module_is_named(module: object) -> None:
+    with pytest.raises(ValueError, match="module: got .*, expected an instance of torch.nn.Module"):
+        unchecked(hf.hyperize)(module)

@@ -59,3 +59,12 @@ def test_describe_names_dtype_and_shape() -> None:
 def test_to_converts_and_num_params_counts() -> None:
     assert {leaf.dtype for leaf in tree.leaves(tree.to(a_tree(), torch.float64))} == {torch.float64}
     assert tree.num_params(a_tree()) == 11
+
+
+def test_trees_are_equal_in_structure_and_every_leaf() -> None:
+    assert tree.equal(a_tree(), a_tree())
+    assert tree.equal({"a": [1, "b", None]}, {"a": [1, "b", None]})
+    changed = tree.map(lambda leaf: leaf + 1, a_tree())
+    others = ([1], (1, 2), [1, 2.0], [1, "2"], [1, torch.tensor(2)], [1, True])
+    assert not any(tree.equal(*pair) for pair in [(a_tree(), changed), *(([1, 2], other) for other in others)])
+    assert not tree.equal(torch.ones(2), torch.ones(2, dtype=torch.float64))

@@ -1,0 +1,84 @@
+"""Layers that `torch.vmap` has no rule for: computed in another way, or refused by name.
+
+torch's own error names an operator, and neither the layer nor the cure.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from hyperfunc import tree
+
+
+def counting_norms(module: nn.Module) -> list[str]:
+    """The batch norms that read their count of batches in training, which vmap has no single number for."""
+    return [
+        f"{path or 'it'} ({type(layer).__name__})"
+        for path, layer in module.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats and layer.momentum is None
+    ]
+
+
+def check_mapped_training(counting: list[str]) -> None:
+    """Raises a ValueError where there are `counting_norms`."""
+    if counting:
+        raise ValueError(
+            f"module: {counting[0]} has momentum=None, by which it reads its count of batches as a Python number, and "
+            "under torch.vmap every member has a count of its own; give it a momentum, such as 0.1, before the module "
+            "is hyperized, or map with train=False"
+        )
+
+
+class VmapRules(TorchFunctionMode):
+    """A context in which recurrent layers, spectral norms and randomised rectifiers can be mapped by `torch.vmap`."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return _RULES.get(func, _as_it_is)(func, *args, **(kwargs or {}))
+
+
+def _as_it_is(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
+def _recurrent(func: Callable[..., Any], input: Tensor, *args: Any) -> Any:
+    """Under a level of grad torch computes these step by step, by functions that all have a rule."""
+    # The steps add in place, so that whatever they start from must be mapped where anything is.
+    place = int(isinstance(args[0], Tensor) and not args[0].is_floating_point())  # after the lengths of a packed batch
+    input, state = tree.mapped_with((input, args[place]), (input, args))
+    return torch.func.vjp(lambda input: func(input, *args[:place], state, *args[place + 1 :]), input)[0]
+
+
+def _normalize(func: Callable[..., Any], *args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """A spectral norm writes its vectors by `out`, which no rule knows."""
+    return func(*args, **kwargs) if out is None else out.copy_(func(*args, **kwargs))
+
+
+def _rrelu(
+    func: Callable[..., Any],
+    input: Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    inplace: bool = False,
+) -> Tensor:
+    """In evaluation, and so with the slope that is the mean of all; in training `randomness.Seeded` comes first."""
+    if training:
+        return func(input, lower, upper, training, inplace)
+    return F.leaky_relu(input, (lower + upper) / 2, inplace)
+
+
+_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.lstm: _recurrent,
+    torch.gru: _recurrent,
+    torch.rnn_tanh: _recurrent,
+    torch.rnn_relu: _recurrent,
+    torch.lstm_cell: _recurrent,
+    F.normalize: _normalize,
+    F.rrelu: _rrelu,
+}
