@@ -362,20 +362,23 @@ def _folder(data_dir: Path, progress: Progress, notify: Callable[[str], None]) -
 
     cache = data_dir / f".hyperfunc-{SIZE}.safetensors"
     fingerprint = _fingerprint(chain.from_iterable(chain.from_iterable(p.values()) for p in listing.values()))
-    tensors = _read_cache(cache, fingerprint, notify)
-    if tensors is None:
-        tensors = {}
-        for part, by_class in listing.items():
-            paths = [path for paths in by_class.values() for path in paths]
-            tensors[f"{part}_pixels"] = _read_pictures(paths, progress, f"reading {data_dir / part}")
-            labels = [classes.index(name) for name, paths in by_class.items() for _ in paths]
-            tensors[f"{part}_labels"] = torch.tensor(labels)
-        try:
-            with lock_for(cache):
-                sweep(cache)
+    with contextlib.ExitStack() as stack:
+        # Of several ranks one reads the pictures, and the others find them in the cache.
+        with contextlib.suppress(OSError):
+            stack.enter_context(lock_for(cache))
+            sweep(cache)
+        tensors = _read_cache(cache, fingerprint, notify)
+        if tensors is None:
+            tensors = {}
+            for part, by_class in listing.items():
+                paths = [path for paths in by_class.values() for path in paths]
+                tensors[f"{part}_pixels"] = _read_pictures(paths, progress, f"reading {data_dir / part}")
+                labels = [classes.index(name) for name, paths in by_class.items() for _ in paths]
+                tensors[f"{part}_labels"] = torch.tensor(labels)
+            try:
                 write_tensors(cache, tensors, {"fingerprint": fingerprint})
-        except OSError as error:
-            notify(f"the pictures are not cached and will be read again next time: {error}")
+            except OSError as error:
+                notify(f"the pictures are not cached and will be read again next time: {error}")
     images = {part: Images(tensors[f"{part}_pixels"], tensors[f"{part}_labels"]) for part in listing}
     return Dataset(images["train"], None, images["test"], classes, flip=True)
 
