@@ -136,8 +136,8 @@ def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     shutil.rmtree(pictures)
     assert done.returncode == 0, done.stderr
     # Once or, where another rank was the first to read, not at all.
-    shown = [line.rpartition("/")[2] for line in done.stderr.splitlines()]
-    assert shown in ([], ["train: 49 files", "train: done", "test: 14 files", "test: done"])
+    said = [line.rpartition("/")[2] for line in done.stderr.splitlines()]
+    assert said in ([], ["train: 49 files", "train: done", "test: 14 files", "test: done"])
     return path, done.stdout
 
 
