@@ -16,7 +16,7 @@ import torch
 
 from hyperfunc.exits import EXIT_FAILED
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 """What the launcher hands on to the ranks."""
 
 
@@ -88,6 +88,12 @@ def check_batch_size(batch_size: int, ranks: int) -> None:
     )
 
 
+def signals_to_hand_on() -> list[str]:
+    """`SIGNALS`; but a process started by `nohup`, and its ranks with it, goes on ignoring a closed terminal."""
+    hung_up = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [name for name in SIGNALS if name != "SIGHUP" or not hung_up]
+
+
 def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int) -> int:
     """Runs a Python program on so many ranks of this machine and returns the exit code of them all.
 
@@ -97,6 +103,7 @@ def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int) 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    handed_on = signals_to_hand_on()
     environment = {
         # Ranks that all compute with all cores would only wait for each other.
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
@@ -104,11 +111,11 @@ def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int) 
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         **os.environ,
         # What older versions of torch read.
-        "TORCHELASTIC_SIGNALS_TO_HANDLE": SIGNALS,
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": ",".join(handed_on),
     }
     with tempfile.TemporaryDirectory(prefix="hyperfunc-") as logs, contextlib.ExitStack() as stack:
         known = {item.name for item in dataclasses.fields(LaunchConfig)}
-        newer: dict[str, Any] = {"signals_to_handle": SIGNALS}
+        newer: dict[str, Any] = {"signals_to_handle": ",".join(handed_on)}
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -128,7 +135,7 @@ def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int) 
         # The ranks say themselves what went wrong.
         stack.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.CRITICAL)
-        for number in map(signal.Signals.__getitem__, SIGNALS.split(",")):
+        for number in map(signal.Signals.__getitem__, handed_on):
             stack.callback(signal.signal, number, signal.getsignal(number))
         try:
             elastic_launch(config, sys.executable)(program, *argv)

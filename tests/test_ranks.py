@@ -360,3 +360,30 @@ def test_runs_go_on_by_themselves_after_a_rank_was_killed(
         ours, theirs = (checkpoint.load(tmp_path / f"{name}.seed{seed}.pth").tensors for name in ("run", "whole"))
         assert_trees_equal(ours, theirs)
     assert (tmp_path / "run.1.seed1.pth").exists()
+
+
+# The launcher
+
+
+@pytest.fixture
+def launched(tmp_path: Path) -> Callable[[str], int]:
+    """Runs the body of a program on two ranks, whose number is in `rank`, and returns the launcher's exit code."""
+
+    def run(body: str) -> int:
+        path = tmp_path / "program.py"
+        path.write_text(f"import os, signal, time\nrank = int(os.environ['RANK'])\n{body}\n")
+        return launch.launch(str(path), [], 2, max_restarts=0)
+
+    return run
+
+
+@pytest.mark.parametrize(("handler", "code"), [(signal.SIG_IGN, 0), (signal.SIG_DFL, 128 + signal.SIGHUP)])
+def test_a_closed_terminal_is_ignored_under_nohup(
+    handler: signal.Handlers, code: int, launched: Callable[[str], int]
+) -> None:
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        assert launched("if rank:\n    os.kill(os.getppid(), signal.SIGHUP)\ntime.sleep(1)") == code
+        assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
