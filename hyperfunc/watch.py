@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 
+import torch
 from torch.distributed import DistError, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
 from hyperfunc.exits import EXIT_FAILED
@@ -354,7 +355,8 @@ def is_of_communication(error: Exception) -> bool:
 
 def _said_by(rank: int, error: Exception) -> Exception:
     """The same error with the rank before its message."""
-    for kind in (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError):
+    # What is more special comes first: there is advice against a lack of memory.
+    for kind in (torch.OutOfMemoryError, ValueError, FloatingPointError, OSError, RuntimeError, MemoryError):
         if isinstance(error, kind):
             return kind(f"rank {rank}: {error}")
     return error
