@@ -85,8 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             printer.quiet = config.quiet
             device = choose_device(config)
-            with distributed.joined(device, config.timeout, lambda: interrupts.received, say_at_end) as ranks:
-                if config.seeds or config.sweep:
+            apart = bool(config.seeds or config.sweep)
+            with distributed.joined(
+                device, config.timeout, lambda: interrupts.received, say_at_end, apart=apart
+            ) as ranks:
+                interrupts.leave_word = ranks.withdraw
+                if apart:
                     program = shares.Program(set_up, start_engine, partial(carry_out, paints=False))
                     return shares.carry_out(program, config, ranks, device, interrupts, printer)
                 with run_file.locked(config, ranks):
@@ -131,7 +135,8 @@ def start_ranks(config: Config, argv: Sequence[str] | None, printer: Printer) ->
         printer.warn(f"train.py: {one_line(error)}")
         return EXIT_BAD_INPUT
     given = sys.argv[1:] if argv is None else argv
-    return launch.launch(os.path.abspath(__file__), given, count, max_restarts=config.max_restarts)
+    program = os.path.abspath(__file__)
+    return launch.launch(program, given, count, max_restarts=config.max_restarts, say=say_at_end)
 
 
 def farewell(number: int, config: Config) -> str:

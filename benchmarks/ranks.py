@@ -27,6 +27,10 @@ LARGE_BYTES = 2**26
 """Of a reduction that is all bandwidth."""
 
 
+def say(line: str) -> None:
+    print(f"ranks.py: {line}", file=sys.stderr)
+
+
 def measure(program: "argparse.Namespace", ranks: int) -> dict[str, Any]:
     """What the ranks measured, in seconds: rank 0's clock, of each round; started by torch's launcher."""
     with tempfile.TemporaryDirectory() as folder:
@@ -36,7 +40,7 @@ def measure(program: "argparse.Namespace", ranks: int) -> dict[str, Any]:
         before = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = str(ROOT)
         try:
-            code = launch.launch(__file__, flags, ranks, max_restarts=0)
+            code = launch.launch(__file__, flags, ranks, max_restarts=0, say=say)
         finally:
             os.environ.pop("PYTHONPATH")
             if before is not None:
@@ -78,7 +82,7 @@ def rank_main(program: argparse.Namespace) -> None:
     device = torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with distributed.joined(device, 300, lambda: None, lambda line: print(line, file=sys.stderr)) as ranks:
+    with distributed.joined(device, 300, lambda: None, say) as ranks:
         params, batch_stats = hf.hyper_resnet(40, program.width).init(torch.Generator().manual_seed(0))
         numbers = tree.num_params((params, batch_stats)) + 4
         buffers = [torch.zeros(size, device=device) for size in (1, numbers, LARGE_BYTES // 4)]

@@ -85,6 +85,9 @@ class Alone:
     def gather(self, value: str) -> list[str]:
         return [value]
 
+    def withdraw(self) -> None:
+        pass
+
 
 class Group:
     """One of several ranks; made by `joined`.
@@ -155,6 +158,10 @@ class Group:
         """See `watch.Watch.gather`."""
         return self._watch.gather(value)
 
+    def withdraw(self) -> None:
+        """See `watch.Watch.withdraw`."""
+        self._watch.withdraw()
+
     def compare(self, state: Any, notes: Mapping[str, Any] | None = None) -> None:
         """Compares a pytree, and notes that JSON could hold, between all ranks by their digests.
 
@@ -201,7 +208,12 @@ Ranks = Alone | Group
 
 @contextlib.contextmanager
 def joined(
-    device: torch.device, timeout: float, received: Callable[[], int | None], say: Callable[[str], None]
+    device: torch.device,
+    timeout: float,
+    received: Callable[[], int | None],
+    say: Callable[[str], None],
+    *,
+    apart: bool = False,
 ) -> Iterator[Ranks]:
     """The ranks that this process belongs to by torchrun's environment; `Alone` where there is none.
 
@@ -212,6 +224,7 @@ def joined(
         timeout: Seconds that a rank waits for another.
         received: See `watch.Watch`.
         say: See `watch.Watch`.
+        apart: See `watch.Watch`. Such ranks have no collectives.
 
     Raises:
         RankLost: Another rank did not come, or is gone; the message names it.
@@ -228,22 +241,23 @@ def joined(
     store, rank, world = next(rendezvous("env://", timeout=limit))
     shared = PrefixStore("hyperfunc", store)
     own = meet(shared, rank, world, timeout)
-    watch = Watch(own, rank, world, timeout=timeout, received=received, say=say)
+    watch = Watch(own, rank, world, timeout=timeout, received=received, say=say, apart=apart)
     watch.start()
     try:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=PrefixStore("group", own),
-            rank=rank,
-            world_size=world,
-            timeout=limit,
-            device_id=device if device.type == "cuda" else None,
-        )
+        if not apart:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=PrefixStore("group", own),
+                rank=rank,
+                world_size=world,
+                timeout=limit,
+                device_id=device if device.type == "cuda" else None,
+            )
         yield Group(rank, world, device, shared, watch)
     except Exception as error:
         raise watch.judge(error, 2 if isinstance(error, ValueError) else 1) from error
     watch.leave()
-    if device.type != "cuda":
+    if dist.is_initialized() and device.type != "cuda":
         # NCCL would wait here for the end of every CUDA graph with an all-reduce in it, and the caller may hold some.
         dist.destroy_process_group()
 

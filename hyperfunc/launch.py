@@ -9,7 +9,8 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,10 +95,23 @@ def signals_to_hand_on() -> list[str]:
     return [name for name in SIGNALS if name != "SIGHUP" or not hung_up]
 
 
-def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int) -> int:
+def has_said_why(logs: Path) -> bool:
+    """Whether a rank of the last start has left the reason why it ended, by torch's elastic error file."""
+    starts = {int(path.name.removeprefix("attempt_")): path for path in logs.glob("*/attempt_*")}
+    return bool(starts) and any(starts[max(starts)].glob("*/error.json"))
+
+
+def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int, say: Callable[[str], object]) -> int:
     """Runs a Python program on so many ranks of this machine and returns the exit code of them all.
 
     Signals are handed on to the ranks, which are killed if they have not ended 30 seconds later.
+
+    Args:
+        program: Its path.
+        argv: Its arguments.
+        ranks: How many.
+        max_restarts: How often all are started again after one has failed.
+        say: Takes the line about a rank that was killed, where none of the others has named it.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -142,6 +156,10 @@ def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int) 
         except SignalException as stopped:
             return 128 + stopped.sigval
         except ChildFailedError as failed:
-            code = failed.get_first_failure()[1].exitcode
-            return code if code > 0 else EXIT_FAILED
+            rank, failure = failed.get_first_failure()
+            if failure.exitcode >= 0:
+                return failure.exitcode
+            if not has_said_why(Path(logs)):
+                say(f"rank {rank} (process {failure.pid}) was killed by {failure.signal_name()}")
+            return EXIT_FAILED
     return 0

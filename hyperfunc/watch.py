@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch.distributed import DistError, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from hyperfunc.exits import EXIT_FAILED
 
@@ -22,6 +23,10 @@ NAMED = 4
 
 SILENT_LOOKS = 5
 """After how many looks without a beat a rank that does not go on counts as silent: it was stopped a moment later."""
+
+SILENCE_AFTER_SIGNAL = 3.0
+"""Seconds without a beat that count as silent once a signal asks to end: launchers send one to all when they find one
+rank dead, and kill all soon after."""
 
 PATIENCE_LOOKS = 15
 """How many looks an error in a collective waits to see who else has one, and so who has not."""
@@ -99,6 +104,8 @@ class Watch:
         timeout: Seconds after which a rank that is silent, or behind and does not move, is given up.
         received: Gives the number of a signal that asks to end, or None.
         say: Takes the line that says why all ranks end.
+        apart: Whether the ranks have work of their own and need each other in `gather` alone. After a signal a rank
+            that is gone then keeps none of the others from saving what they have in hand.
         end: Ends the process with an exit code.
     """
 
@@ -111,6 +118,7 @@ class Watch:
         timeout: float,
         received: Callable[[], int | None],
         say: Callable[[str], None],
+        apart: bool = False,
         end: Callable[[int], object] = os._exit,
     ) -> None:
         self._store = store
@@ -119,15 +127,18 @@ class Watch:
         self._timeout = timeout
         self._received = received
         self._say = say
+        self._apart = apart
         self._end = end
         # More ranks look less often: all of them ask the one store.
         self.interval = 0.1 * (1 + world / 32)
         # Early enough that all is over by the timeout.
         self._limit = max(2, round(0.8 * timeout / self.interval))
+        self._silence = min(self._limit, max(SILENT_LOOKS, round(SILENCE_AFTER_SIGNAL / self.interval)))
         self._grace = min(5.0, 0.1 * timeout)
         watched = range(1, world) if rank == 0 else [0]
         self._heard: dict[int, tuple[str, int]] = dict.fromkeys(watched, ("", 0))
         self._moved: dict[int, tuple[int, int]] = dict.fromkeys(watched, (0, 0))
+        self._quiet: dict[int, int] = {}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
         self._changed = threading.Condition()
@@ -175,12 +186,46 @@ class Watch:
             return self._order
 
     def gather(self, value: str) -> list[str]:
-        """What every rank gives; waits until all have come here, for however long they have work of their own."""
+        """What every rank gives; waits until all have come here, for however long they have work of their own.
+
+        After a signal only for those that live: what they give is all there is, if it was the signal that ended the
+        others before they had begun.
+
+        Raises:
+            RankLost: Another rank was lost after a signal.
+        """
         self._store.set(f"gathered/{self._rank}", value)
-        keys = [f"gathered/{rank}" for rank in range(self._world)]
-        while not self._store.check(keys):
+        while not self._store.check(["gathered/by"]):
+            if (code := self._verdict()) is not None:
+                raise Told(code)
+            if self._rank == 0:
+                self._close_gathering()
+            elif lost := self._lost():
+                raise RankLost(self._silent_line(lost))
             time.sleep(self.interval)
-        return [self._store.get(key).decode() for key in keys]
+        present = self._store.get("gathered/by").decode().split()
+        return [self._store.get(f"gathered/{rank}").decode() for rank in present]
+
+    def _close_gathering(self) -> None:
+        """Says whose values are all that there will be, as soon as nobody else is to be waited for."""
+        present = [rank for rank in range(self._world) if self._have("gathered", [rank])]
+        lost = self._lost()
+        if set(present) | set(lost) != set(range(self._world)):
+            return
+        if unexplained := {rank: looks for rank, looks in lost.items() if not self._have("withdrawn", [rank])}:
+            raise RankLost(self._silent_line(unexplained))
+        self._store.set("gathered/by", " ".join(map(str, present)))
+
+    def withdraw(self) -> None:
+        """Leaves word that a signal ends this process before it has begun; takes a moment, and no longer."""
+
+        def leave_word() -> None:
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"withdrawn/{self._rank}", "")
+
+        thread = threading.Thread(target=leave_word, daemon=True)
+        thread.start()
+        thread.join(1)
 
     def judge(self, error: Exception, code: int) -> Exception:
         """What is to be raised in the place of an error that ends this rank: it may be another's doing.
@@ -198,7 +243,7 @@ class Watch:
             elif self._rank != 0:
                 # What is wrong with all of them is for rank 0 to say.
                 time.sleep(3 * self.interval)
-            if not self._claim(code):
+            if not self._claim(code, str(error)):
                 return Told(self._verdict() or code)
         except RuntimeError:
             return RankLost(self._without_store()) if lost or is_of_communication(error) else error
@@ -209,8 +254,11 @@ class Watch:
         with contextlib.suppress(RuntimeError):
             self._store.set(f"left/{self._rank}", "")
             while not self._store.check(["over"]):
-                if self._rank == 0 and self._have("left", range(self._world)):
+                lost = self._lost() if self._apart else {}
+                if self._rank == 0 and self._have("left", set(range(self._world)) - set(lost)):
                     self._store.set("over", "")
+                elif 0 in lost:
+                    break
                 time.sleep(self.interval)
         self._stopping.set()
         self._thread.join()
@@ -235,7 +283,7 @@ class Watch:
                     if (look - judged_at) * self.interval >= self._grace:
                         self._end(code)
                     continue
-                if (lost := self._look_at_others(look)) is not None and self._claim(EXIT_FAILED):
+                if (lost := self._look_at_others(look)) is not None and self._claim(EXIT_FAILED, lost):
                     self._say(lost)
                 self._follow_agreement()
             except RuntimeError:
@@ -255,6 +303,7 @@ class Watch:
         arrivals = [int(beat.partition("/")[2]) for beat in beats]
         with self._changed:
             furthest = max(self._arrivals, *arrivals)
+        quiet: dict[int, int] = {}
         silent: dict[int, int] = {}
         stuck: list[int] = []
         for other, beat, arrived in zip(others, beats, arrivals, strict=True):
@@ -263,19 +312,38 @@ class Watch:
             if arrived != self._moved[other][0] or arrived == furthest:
                 self._moved[other] = (arrived, look)
             unheard, unmoved = look - self._heard[other][1], look - self._moved[other][1]
+            if unheard >= self._silence:
+                quiet[other] = unheard
             if max(unheard, unmoved) < self._limit:
                 continue
             if unheard >= min(SILENT_LOOKS, self._limit):
                 silent[other] = unheard
             else:
                 stuck.append(other)
+        self._quiet = quiet
+        if not self._apart:
+            silent |= self._lost()
         if silent:
-            seconds = min(silent.values()) * self.interval
-            return f"{self._name(list(silent))} gave no sign of life for {seconds:.1f} s: killed, stopped, or cut off"
+            return self._silent_line(silent)
         if stuck:
             seconds = self._limit * self.interval
             return f"{self._name(stuck)} is alive but has not gone on for {seconds:.1f} s, the others wait"
         return None
+
+    def _lost(self) -> dict[int, int]:
+        """The ranks that none waits for any more once a signal asks to end, with how many looks they have been silent.
+
+        Of those that this rank watches.
+        """
+        with self._changed:
+            signaled = self._order is not None and self._order > 0
+        return self._quiet if signaled or self._received() is not None else {}
+
+    def _silent_line(self, silent: dict[int, int]) -> str:
+        seconds = min(silent.values()) * self.interval
+        if all(self._have("withdrawn", [rank]) for rank in silent):
+            return f"{self._name(list(silent))} was stopped by a signal before it had begun"
+        return f"{self._name(list(silent))} gave no sign of life for {seconds:.1f} s: killed, stopped, or cut off"
 
     def _follow_agreement(self) -> None:
         """Proposes what is wished for here, and brings forward what any rank has proposed."""
@@ -321,10 +389,13 @@ class Watch:
     def _beats(self) -> list[bytes]:
         return self._store.multi_get([f"beat/{other}" for other in range(self._world)])
 
-    def _claim(self, code: int) -> bool:
+    def _claim(self, code: int, reason: str) -> bool:
         """Whether it is for this rank to say why all of them end."""
         mine = f"{code} {self._rank}"
-        return self._store.compare_set("verdict", "", mine).decode() == mine
+        is_mine = self._store.compare_set("verdict", "", mine).decode() == mine
+        if is_mine:
+            tell_launcher(reason)
+        return is_mine
 
     def _verdict(self) -> int | None:
         """The exit code of all ranks, once one has said why they end."""
@@ -351,6 +422,13 @@ def is_of_communication(error: Exception) -> bool:
     """Whether an error comes from a collective and not from this rank's own work."""
     # Gloo's are plain RuntimeErrors that hold a path of its source.
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def tell_launcher(reason: str) -> None:
+    """Leaves the file from which torch's elastic launcher knows the reason why a process ends."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        with contextlib.suppress(OSError):
+            get_error_handler().record_exception(RankLost(reason))
 
 
 def _said_by(rank: int, error: Exception) -> Exception:

@@ -20,7 +20,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**ONE_THREAD, "PYTHONPATH": str(ROOT)}.items():
             patch.setenv(name, value)
-        code = launch.launch(str(Path(program.__file__)), [str(path)], request.param, max_restarts=0)
+        code = launch.launch(str(Path(program.__file__)), [str(path)], request.param, max_restarts=0, say=print)
     assert code == 0
     return {"world": request.param, **torch.load(path, weights_only=False)}
 

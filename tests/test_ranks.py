@@ -366,20 +366,26 @@ def test_runs_go_on_by_themselves_after_a_rank_was_killed(
 
 
 @pytest.fixture
-def launched(tmp_path: Path) -> Callable[[str], int]:
+def said() -> list[str]:
+    """What the launcher has said."""
+    return []
+
+
+@pytest.fixture
+def launched(tmp_path: Path, said: list[str]) -> Callable[..., int]:
     """Runs the body of a program on two ranks, whose number is in `rank`, and returns the launcher's exit code."""
 
-    def run(body: str) -> int:
+    def run(body: str, max_restarts: int = 0) -> int:
         path = tmp_path / "program.py"
         path.write_text(f"import os, signal, time\nrank = int(os.environ['RANK'])\n{body}\n")
-        return launch.launch(str(path), [], 2, max_restarts=0)
+        return launch.launch(str(path), [], 2, max_restarts=max_restarts, say=said.append)
 
     return run
 
 
 @pytest.mark.parametrize(("handler", "code"), [(signal.SIG_IGN, 0), (signal.SIG_DFL, 128 + signal.SIGHUP)])
 def test_a_closed_terminal_is_ignored_under_nohup(
-    handler: signal.Handlers, code: int, launched: Callable[[str], int]
+    handler: signal.Handlers, code: int, launched: Callable[..., int]
 ) -> None:
     before = signal.signal(signal.SIGHUP, handler)
     try:
@@ -387,3 +393,24 @@ def test_a_closed_terminal_is_ignored_under_nohup(
         assert signal.getsignal(signal.SIGHUP) == handler
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+KILLED = "if rank:\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(20)"
+NAMES = """open(os.environ['TORCHELASTIC_ERROR_FILE'], 'w').write('{"message": "said"}')"""
+
+
+def test_a_killed_rank_that_no_other_has_named_is_named(launched: Callable[..., int], said: list[str]) -> None:
+    assert launched(KILLED) == 1
+    (line,) = said
+    assert re.fullmatch(r"rank 1 \(process [0-9]+\) was killed by SIGKILL", line)
+
+
+def test_a_killed_rank_is_named_once(launched: Callable[..., int], said: list[str]) -> None:
+    # As `watch` does where it names a rank.
+    names = f"if not rank:\n    {NAMES}\nelse:\n    time.sleep(0.5)"
+    assert launched(f"{names}\n{KILLED}") == 1
+    assert said == []
+    # What was said of an earlier start explains nothing.
+    first = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
+    assert launched(f"if not rank and {first}:\n    {NAMES}\n{KILLED}", max_restarts=1) == 1
+    assert len(said) == 1

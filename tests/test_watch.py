@@ -1,9 +1,85 @@
 """Ranks that look after each other, here as threads of one process with a store in its memory."""
 
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from hyperfunc.watch import _said_by
+from hyperfunc import watch
+from hyperfunc.watch import RankLost, Told, Watch, _said_by
+
+SIGNAL = 15
+
+
+class Rank:
+    """One of several, with what it has been told, and what it said."""
+
+    def __init__(self, store: HashStore, rank: int, world: int, *, timeout: float, apart: bool) -> None:
+        self.received: int | None = None
+        self.said: list[str] = []
+        self.ended: list[int] = []
+        self.over = threading.Event()
+        self.watch = Watch(
+            store,
+            rank,
+            world,
+            timeout=timeout,
+            received=lambda: self.received,
+            say=self.said.append,
+            apart=apart,
+            end=self._end,
+        )
+
+    def _end(self, code: int) -> None:
+        self.ended.append(code)
+        self.die()
+
+    def die(self) -> None:
+        """No beat of it is seen from now on."""
+        self.watch._stopping.set()
+        self.over.set()
+
+
+Start = Callable[..., list[Rank]]
+
+
+@pytest.fixture
+def at_once() -> Iterator[Callable[..., "Future[Any]"]]:
+    """Calls a function in a thread."""
+    with ThreadPoolExecutor() as pool:
+        yield pool.submit
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, at_once: object) -> Iterator[Start]:
+    """Starts the watches of so many ranks, which count half a second of silence after a signal."""
+    monkeypatch.setattr(watch, "SILENCE_AFTER_SIGNAL", 0.5)
+    started: list[Rank] = []
+
+    def run(world: int, *, timeout: float = 100, apart: bool = False) -> list[Rank]:
+        store = HashStore()
+        for rank in range(world):
+            store.set(f"beat/{rank}", "0/0")
+            store.set(f"who/{rank}", f"host, process {rank}")
+        ranks = [Rank(store, rank, world, timeout=timeout, apart=apart) for rank in range(world)]
+        for one in ranks:
+            one.watch.start()
+        started.extend(ranks)
+        return ranks
+
+    yield run
+    for one in started:
+        one.die()
+        # What still waits is let go.
+        one.watch._store.set("verdict", "1 0")
+        one.watch._store.set("over", "")
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError, ValueError, FloatingPointError, OSError])
@@ -11,3 +87,60 @@ def test_an_error_keeps_its_kind_and_gets_its_rank(kind: type[Exception]) -> Non
     said = _said_by(3, kind("too much"))
     assert type(said) is kind
     assert str(said) == "rank 3: too much"
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_after_a_signal_a_silent_rank_is_named_soon(
+    start: Start, dead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    ranks = start(2)
+    alive = ranks[1 - dead]
+    ranks[dead].die()
+    assert not alive.over.wait(1)
+    assert alive.said == []
+    alive.received = SIGNAL
+    assert alive.watch._limit * alive.watch.interval == pytest.approx(80, rel=0.01)
+    deadline = time.monotonic() + 5
+    while not alive.said and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (line,) = alive.said
+    assert line.startswith(f"rank {dead} (host, process {dead}) gave no sign of life for ")
+    # The launcher need not name it.
+    assert line in json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+
+
+def test_after_a_signal_a_rank_that_is_gone_is_not_gathered_from(start: Start, at_once: Any) -> None:
+    ranks = start(3, apart=True)
+    gathered = [at_once(ranks[rank].watch.gather, str(rank)) for rank in (0, 2)]
+    ranks[1].die()
+    # They have work of their own for any length of time.
+    assert not any(one.done() for one in gathered)
+    ranks[2].received = SIGNAL
+    with pytest.raises(RankLost, match=r"rank 1 \(host, process 1\) gave no sign of life for 0"):
+        gathered[0].result(timeout=5)
+    ranks[0].watch._claim(1, "")  # as `judge` does
+    with pytest.raises(Told):
+        gathered[1].result(timeout=5)
+    assert [one.said for one in ranks] == [[], [], []]
+
+
+def test_a_rank_that_a_signal_ended_before_it_began_is_nobodys_fault(start: Start, at_once: Any) -> None:
+    ranks = start(3, apart=True)
+    ranks[1].watch.withdraw()
+    ranks[1].die()
+    ranks[0].received = SIGNAL
+    gathered = [at_once(ranks[rank].watch.gather, str(rank)) for rank in (0, 2)]
+    assert [one.result(timeout=5) for one in gathered] == [["0", "2"], ["0", "2"]]
+    for one in [at_once(ranks[rank].watch.leave) for rank in (0, 2)]:
+        one.result(timeout=5)
+    assert [one.said for one in ranks] == [[], [], []]
+
+
+def test_ranks_that_gather_wait_for_work_of_any_length(start: Start, at_once: Any) -> None:
+    ranks = start(2, timeout=1, apart=True)
+    first = at_once(ranks[0].watch.gather, "a")
+    time.sleep(1.5)
+    assert not first.done()
+    assert ranks[1].watch.gather("b") == ["a", "b"] == first.result(timeout=5)
+    assert [one.said for one in ranks] == [[], []]
