@@ -398,7 +398,8 @@ def train(run: Run, interrupts: Interrupts, reporter: Reporter) -> population.Me
             try:
                 while progress.batch < run.batch_count:
                     rows, steps = next_rows(run, draw, every)
-                    run.state, metrics = yield rows
+                    with run.ranks.at_device():
+                        run.state, metrics = yield rows
                     run.unread.append(metrics)
                     progress.batch += steps
                     by_clock = every.unit == "seconds" and is_due(every, run)

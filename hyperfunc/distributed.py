@@ -88,6 +88,9 @@ class Alone:
     def withdraw(self) -> None:
         pass
 
+    def at_device(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
 
 class Group:
     """One of several ranks; made by `joined`.
@@ -124,8 +127,9 @@ class Group:
     def sum(self, values: Tree) -> Tree:
         """The sums over ranks of a pytree of scalars, which float64 holds exactly up to 2**53."""
         total = torch.stack([value.detach().double() for value in tree.leaves(values)])
-        self._watch.arrive()
-        dist.all_reduce(total)
+        with self._watch.waiting():
+            dist.all_reduce(total)
+            total.tolist()  # waits for the device here, and not at some later place
         return tree.replace_leaves(
             values, [new.to(old.dtype) for new, old in zip(total.unbind(), tree.leaves(values), strict=True)]
         )
@@ -137,9 +141,9 @@ class Group:
     def tell(self, flag: bool) -> bool:
         """Rank 0's flag, on every rank."""
         told = torch.tensor(int(flag), device=self._device)
-        self._watch.arrive()
-        dist.broadcast(told, 0)
-        return bool(told)
+        with self._watch.waiting():
+            dist.broadcast(told, 0)
+            return bool(told)
 
     def note_saved(self, run: str, path: str) -> None:
         """Leaves with the launcher whose checkpoint is at a path, for ranks that it may start in place of these."""
@@ -162,6 +166,13 @@ class Group:
         """See `watch.Watch.withdraw`."""
         self._watch.withdraw()
 
+    def at_device(self) -> contextlib.AbstractContextManager[None]:
+        """For a place where the host may have to wait for the device, and so for all ranks' collectives on it.
+
+        On the CPU it is the host that computes there, and gloo ends what hangs.
+        """
+        return self._watch.waiting() if self._device.type == "cuda" else contextlib.nullcontext()
+
     def compare(self, state: Any, notes: Mapping[str, Any] | None = None) -> None:
         """Compares a pytree, and notes that JSON could hold, between all ranks by their digests.
 
@@ -173,12 +184,12 @@ class Group:
         # Two numbers in place of all: ranks are rarely different, and then their leaves may not even be the same.
         whole = _short(repr(digests).encode())
         extremes = torch.tensor([whole, -whole], device=self._device)
-        self._watch.arrive()
-        dist.all_reduce(extremes, dist.ReduceOp.MAX)
-        if extremes.sum().item() == 0:
-            return
-        gathered: list[Any] = [None] * self.world
-        dist.all_gather_object(gathered, digests)
+        with self._watch.waiting():
+            dist.all_reduce(extremes, dist.ReduceOp.MAX)
+            if extremes.sum().item() == 0:
+                return
+            gathered: list[Any] = [None] * self.world
+            dist.all_gather_object(gathered, digests)
         raise RankLost(f"the ranks are not equal: {describe_difference(gathered)}")
 
 

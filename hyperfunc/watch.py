@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch.distributed import DistError, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
@@ -85,7 +85,7 @@ def meet(store: Store, rank: int, world: int, timeout: float) -> Store:
 
 def _enter(store: Store, number: int, rank: int) -> Store:
     own = PrefixStore(f"start/{number}", store)
-    own.set(f"beat/{rank}", "0/0")
+    own.set(f"beat/{rank}", "0/0/0")
     own.set(f"who/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
     return own
 
@@ -93,15 +93,16 @@ def _enter(store: Store, number: int, rank: int) -> Store:
 class Watch:
     """What one rank knows of the others.
 
-    A rank shows that it lives by a number that it raises at every look, and how far it is by a second one. Rank 0
-    watches all others, and they watch rank 0. Looks count and not the clock: ranks that were all stopped together, as
-    by a suspended machine, find each other alive afterwards.
+    A rank shows that it lives by a number that it raises at every look, how far it is by a second one, and whether it
+    waits for the others by a third. Rank 0 watches all others, and they watch rank 0. Looks count and not the clock:
+    ranks that were all stopped together, as by a suspended machine, find each other alive afterwards.
 
     Args:
         store: From `meet`.
         rank: This one's number.
         world: How many there are.
-        timeout: Seconds after which a rank that is silent, or behind and does not move, is given up.
+        timeout: Seconds after which a rank that is silent, or behind and does not move, is given up; and all of them
+            where all wait and none moves.
         received: Gives the number of a signal that asks to end, or None.
         say: Takes the line that says why all ranks end.
         apart: Whether the ranks have work of their own and need each other in `gather` alone. After a signal a rank
@@ -139,11 +140,13 @@ class Watch:
         self._heard: dict[int, tuple[str, int]] = dict.fromkeys(watched, ("", 0))
         self._moved: dict[int, tuple[int, int]] = dict.fromkeys(watched, (0, 0))
         self._quiet: dict[int, int] = {}
+        self._standstill: tuple[list[str], int] = [], 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
         self._changed = threading.Condition()
         # All that follows is guarded by it.
         self._arrivals = 0
+        self._waits = 0
         self._point = 0
         self._round = 0
         self._wish: int | None = None
@@ -159,6 +162,19 @@ class Watch:
         """Notes that the main thread has come to a place where it waits for the other ranks."""
         with self._changed:
             self._arrivals += 1
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A place where the main thread waits for the other ranks and does nothing of its own that takes long."""
+        with self._changed:
+            self._arrivals += 1
+            self._waits += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._arrivals += 1
+                self._waits -= 1
 
     def agree(self, wish: int | None) -> int | None:
         """What all ranks do here, if anything: a wish of one of them, or a signal that one of them received.
@@ -274,7 +290,7 @@ class Watch:
             look += 1
             try:
                 with self._changed:
-                    beat = f"{look}/{self._arrivals}"
+                    beat = f"{look}/{self._arrivals}/{min(1, self._waits)}"
                 self._store.set(f"beat/{self._rank}", beat)
                 if code is None and (code := self._verdict()) is not None:
                     judged_at = look
@@ -300,8 +316,9 @@ class Watch:
         if not others:
             return None
         beats = [beat.decode() for beat in self._store.multi_get([f"beat/{other}" for other in others])]
-        arrivals = [int(beat.partition("/")[2]) for beat in beats]
+        arrivals = [int(beat.split("/")[1]) for beat in beats]
         with self._changed:
+            own = f"{self._arrivals}/{min(1, self._waits)}"
             furthest = max(self._arrivals, *arrivals)
         quiet: dict[int, int] = {}
         silent: dict[int, int] = {}
@@ -328,7 +345,20 @@ class Watch:
         if stuck:
             seconds = self._limit * self.interval
             return f"{self._name(stuck)} is alive but has not gone on for {seconds:.1f} s, the others wait"
-        return None
+        return self._look_at_all([own, *(beat.partition("/")[2] for beat in beats)], look)
+
+    def _look_at_all(self, places: list[str], look: int) -> str | None:
+        """The line that all wait for what does not come, and none for another of them; for rank 0, who sees all.
+
+        What the host has left to a device counts as waiting, so that the ranks may stand like this for as long as a
+        device computes.
+        """
+        if self._rank != 0 or places != self._standstill[0] or not all(place.endswith("/1") for place in places):
+            self._standstill = places, look
+        looks = look - self._standstill[1]
+        if looks < self._limit:
+            return None
+        return f"no rank has gone on for {looks * self.interval:.1f} s, and all wait: a device or the network hangs"
 
     def _lost(self) -> dict[int, int]:
         """The ranks that none waits for any more once a signal asks to end, with how many looks they have been silent.

@@ -1,6 +1,7 @@
 """Ranks that look after each other, here as threads of one process with a store in its memory."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -66,7 +67,7 @@ def start(monkeypatch: pytest.MonkeyPatch, at_once: object) -> Iterator[Start]:
     def run(world: int, *, timeout: float = 100, apart: bool = False) -> list[Rank]:
         store = HashStore()
         for rank in range(world):
-            store.set(f"beat/{rank}", "0/0")
+            store.set(f"beat/{rank}", "0/0/0")
             store.set(f"who/{rank}", f"host, process {rank}")
         ranks = [Rank(store, rank, world, timeout=timeout, apart=apart) for rank in range(world)]
         for one in ranks:
@@ -80,6 +81,13 @@ def start(monkeypatch: pytest.MonkeyPatch, at_once: object) -> Iterator[Start]:
         # What still waits is let go.
         one.watch._store.set("verdict", "1 0")
         one.watch._store.set("over", "")
+
+
+def until_said(rank: Rank, seconds: float) -> list[str]:
+    deadline = time.monotonic() + seconds
+    while not rank.said and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return rank.said
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError, ValueError, FloatingPointError, OSError])
@@ -101,10 +109,7 @@ def test_after_a_signal_a_silent_rank_is_named_soon(
     assert alive.said == []
     alive.received = SIGNAL
     assert alive.watch._limit * alive.watch.interval == pytest.approx(80, rel=0.01)
-    deadline = time.monotonic() + 5
-    while not alive.said and time.monotonic() < deadline:
-        time.sleep(0.02)
-    (line,) = alive.said
+    (line,) = until_said(alive, 5)
     assert line.startswith(f"rank {dead} (host, process {dead}) gave no sign of life for ")
     # The launcher need not name it.
     assert line in json.loads((tmp_path / "error.json").read_text())["message"]["message"]
@@ -143,4 +148,31 @@ def test_ranks_that_gather_wait_for_work_of_any_length(start: Start, at_once: An
     time.sleep(1.5)
     assert not first.done()
     assert ranks[1].watch.gather("b") == ["a", "b"] == first.result(timeout=5)
+    assert [one.said for one in ranks] == [[], []]
+
+
+def test_ranks_that_all_wait_at_the_same_place_are_ended(start: Start) -> None:
+    ranks = start(2, timeout=1)
+    with ranks[0].watch.waiting(), ranks[1].watch.waiting():
+        (line,) = until_said(ranks[0], 5)
+        assert all(one.over.wait(5) for one in ranks)
+    assert re.fullmatch(r"no rank has gone on for 0\.[789] s, and all wait: a device or the network hangs", line)
+    assert [one.ended for one in ranks] == [[1], [1]]
+    assert ranks[1].said == []
+
+
+def test_a_rank_that_others_wait_for_is_named_and_not_all(start: Start) -> None:
+    ranks = start(2, timeout=1)
+    with ranks[0].watch.waiting():
+        (line,) = until_said(ranks[0], 5)
+    assert line.startswith("rank 1 (host, process 1) is alive but has not gone on for 0.")
+
+
+def test_ranks_that_go_on_or_work_by_themselves_are_left_alone(start: Start) -> None:
+    ranks = start(2, timeout=1)
+    # Places that all reach together: a wait each shorter than the timeout, and between them work that is longer.
+    for _ in range(3):
+        with ranks[0].watch.waiting(), ranks[1].watch.waiting():
+            time.sleep(0.4)
+    time.sleep(1.2)
     assert [one.said for one in ranks] == [[], []]
