@@ -16,6 +16,10 @@ if __name__ == "__main__":
             os.open(os.devnull, os.O_RDWR)
             setattr(sys, _stream, open(_number, "w" if _number else "r", closefd=False))  # noqa: SIM115
 
+    if "RANK" in os.environ:
+        # Read by torch when it is imported. Whoever loses the others says so in a line, without pages of C++ frames.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
     # Importing torch takes seconds, and Ctrl-C must not end in a traceback there either.
     def _exit_before_start(number: int, _frame: object) -> None:
         os.write(2, b"stopped before anything was read or written\n")

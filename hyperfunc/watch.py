@@ -142,6 +142,7 @@ class Watch:
         self._quiet: dict[int, int] = {}
         self._standstill: tuple[list[str], int] = [], 0
         self._stopping = threading.Event()
+        self._judged: int | None = None
         self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
         self._changed = threading.Condition()
         # All that follows is guarded by it.
@@ -259,11 +260,24 @@ class Watch:
             elif self._rank != 0:
                 # What is wrong with all of them is for rank 0 to say.
                 time.sleep(3 * self.interval)
-            if not self._claim(code, str(error)):
-                return Told(self._verdict() or code)
+            is_mine = self._claim(code, str(error))
+            told = Told(self._verdict() or code)
+            self._linger()
+            if not is_mine:
+                return told
         except RuntimeError:
+            if self._judged is not None:
+                return Told(self._judged)
             return RankLost(self._without_store()) if lost or is_of_communication(error) else error
         return error if lost or self._rank == 0 else _said_by(self._rank, error)
+
+    def _linger(self) -> None:
+        """Keeps the store, which may be rank 0's own, until the others have read there why all end, or are dead."""
+        others = [other for other in range(self._world) if other != self._rank]
+        for _ in range(PATIENCE_LOOKS):
+            if self._rank != 0 or self._have("heard", others):
+                break
+            time.sleep(self.interval)
 
     def leave(self) -> None:
         """At a good end: waits until all are there, so that none is taken for dead, or ended, while it finishes."""
@@ -284,7 +298,6 @@ class Watch:
 
     def _work(self) -> None:
         look = 0
-        code: int | None = None
         judged_at = 0
         while not self._stopping.wait(self.interval):
             look += 1
@@ -292,12 +305,13 @@ class Watch:
                 with self._changed:
                     beat = f"{look}/{self._arrivals}/{min(1, self._waits)}"
                 self._store.set(f"beat/{self._rank}", beat)
-                if code is None and (code := self._verdict()) is not None:
-                    judged_at = look
-                if code is not None:
+                if self._judged is None and (code := self._verdict()) is not None:
+                    self._judged, judged_at = code, look
+                    self._store.set(f"heard/{self._rank}", "")
+                if self._judged is not None:
                     # The main thread may be about to end by itself, with more to put in order.
                     if (look - judged_at) * self.interval >= self._grace:
-                        self._end(code)
+                        self._end(self._judged)
                     continue
                 if (lost := self._look_at_others(look)) is not None and self._claim(EXIT_FAILED, lost):
                     self._say(lost)
@@ -307,6 +321,9 @@ class Watch:
                     return
                 if self._stopping.wait(self._grace):
                     return  # the store has gone with its process, after a good end
+                if self._judged is not None:
+                    self._end(self._judged)
+                    return
                 self._say(self._without_store())
                 self._end(EXIT_FAILED)
 

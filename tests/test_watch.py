@@ -63,9 +63,10 @@ def start(monkeypatch: pytest.MonkeyPatch, at_once: object) -> Iterator[Start]:
     """Starts the watches of so many ranks, which count half a second of silence after a signal."""
     monkeypatch.setattr(watch, "SILENCE_AFTER_SIGNAL", 0.5)
     started: list[Rank] = []
+    stores: list[HashStore] = []
 
     def run(world: int, *, timeout: float = 100, apart: bool = False) -> list[Rank]:
-        store = HashStore()
+        stores.append(store := HashStore())
         for rank in range(world):
             store.set(f"beat/{rank}", "0/0/0")
             store.set(f"who/{rank}", f"host, process {rank}")
@@ -78,9 +79,10 @@ def start(monkeypatch: pytest.MonkeyPatch, at_once: object) -> Iterator[Start]:
     yield run
     for one in started:
         one.die()
+    for store in stores:
         # What still waits is let go.
-        one.watch._store.set("verdict", "1 0")
-        one.watch._store.set("over", "")
+        store.set("verdict", "1 0")
+        store.set("over", "")
 
 
 def until_said(rank: Rank, seconds: float) -> list[str]:
@@ -176,3 +178,25 @@ def test_ranks_that_go_on_or_work_by_themselves_are_left_alone(start: Start) -> 
             time.sleep(0.4)
     time.sleep(1.2)
     assert [one.said for one in ranks] == [[], []]
+
+
+class GoneStore(HashStore):
+    """A store that has gone with its process."""
+
+    def set(self, key: str, value: str) -> None:
+        raise RuntimeError("connection closed by peer")
+
+
+def test_rank_0_stays_until_the_others_know_why_all_end(start: Start) -> None:
+    """It may hold the store itself."""
+    ranks = start(3, timeout=20)
+    error = ranks[0].watch.judge(ValueError("no data"), 2)
+    assert str(error) == "no data"
+    # What they have read they need no store for.
+    for one in ranks[1:]:
+        one.watch._store = GoneStore()
+    told = [one.watch.judge(RuntimeError("gloo: closed by peer"), 1) for one in ranks[1:]]
+    assert [(type(one), getattr(one, "code", None)) for one in told] == [(Told, 2), (Told, 2)]
+    assert all(one.over.wait(10) for one in ranks)
+    assert [one.ended for one in ranks] == [[2], [2], [2]]
+    assert [one.said for one in ranks] == [[], [], []]
