@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from hyperfunc import tree
-from hyperfunc.watch import RankLost, Told, Watch, meet
+from hyperfunc.watch import EARLY, RankLost, Told, Watch, meet
 
 __all__ = ["SAVE", "Alone", "Group", "RankLost", "Ranks", "Told", "joined", "mean_over_ranks"]
 
@@ -252,16 +252,18 @@ def joined(
     store, rank, world = next(rendezvous("env://", timeout=limit))
     shared = PrefixStore("hyperfunc", store)
     own = meet(shared, rank, world, timeout)
+    # While it waits for the others, the group holds the store that it is given; the watch needs one, too.
+    for_group = own.clone() if hasattr(own, "clone") else own
     watch = Watch(own, rank, world, timeout=timeout, received=received, say=say, apart=apart)
     watch.start()
     try:
         if not apart:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
-                store=PrefixStore("group", own),
+                store=PrefixStore("group", for_group),
                 rank=rank,
                 world_size=world,
-                timeout=limit,
+                timeout=EARLY * limit,
                 device_id=device if device.type == "cuda" else None,
             )
         yield Group(rank, world, device, shared, watch)

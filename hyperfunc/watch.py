@@ -18,6 +18,9 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from hyperfunc.exits import EXIT_FAILED
 
+EARLY = 0.8
+"""The part of the timeout after which a rank is given up: all is to be over by its end."""
+
 NAMED = 4
 """How many ranks a line names; the rest it counts."""
 
@@ -132,8 +135,7 @@ class Watch:
         self._end = end
         # More ranks look less often: all of them ask the one store.
         self.interval = 0.1 * (1 + world / 32)
-        # Early enough that all is over by the timeout.
-        self._limit = max(2, round(0.8 * timeout / self.interval))
+        self._limit = max(2, round(EARLY * timeout / self.interval))
         self._silence = min(self._limit, max(SILENT_LOOKS, round(SILENCE_AFTER_SIGNAL / self.interval)))
         self._grace = min(5.0, 0.1 * timeout)
         watched = range(1, world) if rank == 0 else [0]
@@ -143,6 +145,7 @@ class Watch:
         self._standstill: tuple[list[str], int] = [], 0
         self._stopping = threading.Event()
         self._judged: int | None = None
+        self._lingers = False
         self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
         self._changed = threading.Condition()
         # All that follows is guarded by it.
@@ -273,11 +276,15 @@ class Watch:
 
     def _linger(self) -> None:
         """Keeps the store, which may be rank 0's own, until the others have read there why all end, or are dead."""
-        others = [other for other in range(self._world) if other != self._rank]
-        for _ in range(PATIENCE_LOOKS):
-            if self._rank != 0 or self._have("heard", others):
-                break
-            time.sleep(self.interval)
+        others = [other for other in range(self._world) if other != self._rank and other not in self._quiet]
+        self._lingers = True
+        try:
+            for _ in range(PATIENCE_LOOKS):
+                if self._rank != 0 or self._have("heard", others):
+                    break
+                time.sleep(self.interval)
+        finally:
+            self._lingers = False
 
     def leave(self) -> None:
         """At a good end: waits until all are there, so that none is taken for dead, or ended, while it finishes."""
@@ -310,6 +317,8 @@ class Watch:
                     self._store.set(f"heard/{self._rank}", "")
                 if self._judged is not None:
                     # The main thread may be about to end by itself, with more to put in order.
+                    if self._lingers:
+                        judged_at = look
                     if (look - judged_at) * self.interval >= self._grace:
                         self._end(self._judged)
                     continue
@@ -437,8 +446,8 @@ class Watch:
         return self._store.multi_get([f"beat/{other}" for other in range(self._world)])
 
     def _claim(self, code: int, reason: str) -> bool:
-        """Whether it is for this rank to say why all of them end."""
-        mine = f"{code} {self._rank}"
+        """Whether it is for this thread of this rank to say why all of them end."""
+        mine = f"{code} {self._rank} {threading.get_ident()}"
         is_mine = self._store.compare_set("verdict", "", mine).decode() == mine
         if is_mine:
             tell_launcher(reason)

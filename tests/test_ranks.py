@@ -414,3 +414,42 @@ def test_a_killed_rank_is_named_once(launched: Callable[..., int], said: list[st
     first = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
     assert launched(f"if not rank and {first}:\n    {NAMES}\n{KILLED}", max_restarts=1) == 1
     assert len(said) == 1
+
+
+STOPPED_ON_THE_WAY = """
+import os, signal, sys, time
+import torch
+from hyperfunc import distributed
+
+meet = distributed.meet
+
+def stopped(*given):
+    own = meet(*given)
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return own
+
+distributed.meet = stopped
+begin = time.monotonic()
+try:
+    with distributed.joined(torch.device("cpu"), 5, lambda: None, print):
+        pass
+except distributed.Told as told:
+    print(f"{time.monotonic() - begin:.1f}")
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_stopped_before_the_group_is_made_is_named_within_the_timeout(start: Start) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    first, second = (start("-c", STOPPED_ON_THE_WAY, **address, RANK=str(n), LOCAL_RANK=str(n)) for n in range(2))
+    lines = [line for line in first.communicate(timeout=60)[0].splitlines() if not line.startswith("[")]
+    second.kill()
+    second.communicate()
+    assert len(lines) == 2, lines
+    assert lines[0].startswith("rank 1 (")
+    if hasattr(torch.distributed.TCPStore, "clone"):
+        assert float(lines[1]) < 5

@@ -117,6 +117,15 @@ def test_after_a_signal_a_silent_rank_is_named_soon(
     assert line in json.loads((tmp_path / "error.json").read_text())["message"]["message"]
 
 
+def test_what_the_watch_has_said_its_main_thread_does_not_say_again(start: Start) -> None:
+    ranks = start(2, timeout=1)
+    ranks[1].die()
+    assert len(until_said(ranks[0], 5)) == 1
+    error = ranks[0].watch.judge(RuntimeError("gloo: timeout"), 1)
+    assert isinstance(error, Told)
+    assert error.code == 1
+
+
 def test_after_a_signal_a_rank_that_is_gone_is_not_gathered_from(start: Start, at_once: Any) -> None:
     ranks = start(3, apart=True)
     gathered = [at_once(ranks[rank].watch.gather, str(rank)) for rank in (0, 2)]
@@ -178,6 +187,14 @@ def test_ranks_that_go_on_or_work_by_themselves_are_left_alone(start: Start) -> 
             time.sleep(0.4)
     time.sleep(1.2)
     assert [one.said for one in ranks] == [[], []]
+
+
+def test_what_rank_0_has_to_say_is_not_lost_while_it_stays(start: Start) -> None:
+    ranks = start(2, timeout=1)
+    ranks[1].die()
+    assert str(ranks[0].watch.judge(ValueError("no data"), 2)) == "no data"
+    assert ranks[0].ended == []
+    assert ranks[0].over.wait(5)
 
 
 class GoneStore(HashStore):
