@@ -174,9 +174,9 @@ def choose_device(config: Config) -> torch.device:
         ValueError: There are fewer than ranks on this machine.
     """
     devices = devices_of(config)
-    index = distributed.local_rank()
     if devices[0].type == "cpu":
         return devices[0]
+    index = distributed.device_index(torch.cuda.device_count())
     if index >= len(devices):
         raise ValueError(f"--devices: this machine has {index + 1} ranks or more for {len(devices)} devices")
     torch.cuda.set_device(devices[index])

@@ -41,6 +41,15 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def device_index(visible: int) -> int:
+    """Which device is this rank's, of so many that it sees.
+
+    A scheduler that starts a task a rank, as `srun --gpus-per-task=1`, may show each of them its own device alone.
+    Torch's launcher shows all ranks the same ones.
+    """
+    return 0 if visible == 1 and "TORCHELASTIC_RUN_ID" not in os.environ else local_rank()
+
+
 @contextlib.contextmanager
 def errors_once() -> Iterator[None]:
     """Of what every rank of a machine writes to standard error, lets through the first rank's alone."""

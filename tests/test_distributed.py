@@ -10,7 +10,7 @@ import torch
 from helpers import ONE_THREAD, ROOT
 
 from hyperfunc import data, launch, tree
-from hyperfunc.distributed import describe_difference, digest, mean_over_ranks, part
+from hyperfunc.distributed import describe_difference, device_index, digest, mean_over_ranks, part
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -123,3 +123,17 @@ def test_the_odd_rank_out_is_named() -> None:
     )
     assert describe_difference([{"a": 1}, {"a": 2}, {"a": 2}]) == "rank 0 differs from rank 1 in a"
     assert describe_difference([{"a": 1}, {"a": 1, "b": 5}]) == "rank 1 differs from rank 0 in b"
+
+
+@pytest.mark.parametrize(
+    ("visible", "by_torch", "expected"), [(1, False, 0), (1, True, 2), (4, False, 2), (4, True, 2), (2, False, 2)]
+)
+def test_a_rank_that_sees_one_device_alone_takes_it(
+    visible: int, by_torch: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if by_torch:
+        # Which shows all ranks the same devices: these are then too few.
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    assert device_index(visible) == expected
