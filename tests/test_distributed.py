@@ -1,6 +1,7 @@
 """Several ranks against one, on gloo: the same program runs on all of them, started by torch's launcher."""
 
 import math
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from helpers import ONE_THREAD, ROOT
 
 from hyperfunc import data, launch, tree
-from hyperfunc.distributed import describe_difference, device_index, digest, mean_over_ranks, part
+from hyperfunc.distributed import describe_difference, device_index, digest, joined, mean_over_ranks, part
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -137,3 +138,14 @@ def test_a_rank_that_sees_one_device_alone_takes_it(
         # Which shows all ranks the same devices: these are then too few.
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     assert device_index(visible) == expected
+
+
+def test_ranks_with_runs_of_their_own_form_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    with joined(torch.device("cpu"), 10, lambda: None, print, apart=True) as ranks:
+        assert not torch.distributed.is_initialized()
+        assert ranks.gather("all there is") == ["all there is"]

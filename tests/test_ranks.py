@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import ONE_THREAD, ROOT, assert_trees_equal, make_folder
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 import train
 from hyperfunc import checkpoint, journal, launch
@@ -451,5 +452,5 @@ def test_a_rank_stopped_before_the_group_is_made_is_named_within_the_timeout(sta
     second.communicate()
     assert len(lines) == 2, lines
     assert lines[0].startswith("rank 1 (")
-    if hasattr(torch.distributed.TCPStore, "clone"):
+    if hasattr(Store, "clone"):
         assert float(lines[1]) < 5
