@@ -149,7 +149,11 @@ def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int, 
         # The ranks say themselves what went wrong.
         stack.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.CRITICAL)
-        for number in map(signal.Signals.__getitem__, handed_on):
+        if "SIGHUP" not in handed_on:
+            # Older versions of torch handle it whatever they are told. What came meanwhile is ignored afterwards.
+            stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        for number in map(signal.Signals.__getitem__, SIGNALS):
             stack.callback(signal.signal, number, signal.getsignal(number))
         try:
             elastic_launch(config, sys.executable)(program, *argv)
