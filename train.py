@@ -16,6 +16,10 @@ if __name__ == "__main__":
             os.open(os.devnull, os.O_RDWR)
             setattr(sys, _stream, open(_number, "w" if _number else "r", closefd=False))  # noqa: SIM115
 
+    if "RANK" in os.environ:
+        # Read by torch when it is imported. Whoever loses the others says so in a line, without pages of C++ frames.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
     # Importing torch takes seconds, and Ctrl-C must not end in a traceback there either.
     def _exit_before_start(number: int, _frame: object) -> None:
         os.write(2, b"stopped before anything was read or written\n")
@@ -85,8 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             printer.quiet = config.quiet
             device = choose_device(config)
-            with distributed.joined(device, config.timeout, lambda: interrupts.received, say_at_end) as ranks:
-                if config.seeds or config.sweep:
+            apart = bool(config.seeds or config.sweep)
+            with distributed.joined(
+                device, config.timeout, lambda: interrupts.received, say_at_end, apart=apart
+            ) as ranks:
+                interrupts.leave_word = ranks.withdraw
+                if apart:
                     program = shares.Program(set_up, start_engine, partial(carry_out, paints=False))
                     return shares.carry_out(program, config, ranks, device, interrupts, printer)
                 with run_file.locked(config, ranks):
@@ -131,7 +139,8 @@ def start_ranks(config: Config, argv: Sequence[str] | None, printer: Printer) ->
         printer.warn(f"train.py: {one_line(error)}")
         return EXIT_BAD_INPUT
     given = sys.argv[1:] if argv is None else argv
-    return launch.launch(os.path.abspath(__file__), given, count, max_restarts=config.max_restarts)
+    program = os.path.abspath(__file__)
+    return launch.launch(program, given, count, max_restarts=config.max_restarts, say=say_at_end)
 
 
 def farewell(number: int, config: Config) -> str:
@@ -165,9 +174,9 @@ def choose_device(config: Config) -> torch.device:
         ValueError: There are fewer than ranks on this machine.
     """
     devices = devices_of(config)
-    index = distributed.local_rank()
     if devices[0].type == "cpu":
         return devices[0]
+    index = distributed.device_index(torch.cuda.device_count())
     if index >= len(devices):
         raise ValueError(f"--devices: this machine has {index + 1} ranks or more for {len(devices)} devices")
     torch.cuda.set_device(devices[index])
@@ -393,7 +402,8 @@ def train(run: Run, interrupts: Interrupts, reporter: Reporter) -> population.Me
             try:
                 while progress.batch < run.batch_count:
                     rows, steps = next_rows(run, draw, every)
-                    run.state, metrics = yield rows
+                    with run.ranks.at_device():
+                        run.state, metrics = yield rows
                     run.unread.append(metrics)
                     progress.batch += steps
                     by_clock = every.unit == "seconds" and is_due(every, run)

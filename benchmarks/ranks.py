@@ -1,6 +1,7 @@
 """python -m benchmarks.ranks 1 2 4: the time of a step on so many ranks, and of the pieces that it is made of.
 
-On every GPU there is, or on the CPU with its cores divided among the ranks. What it prints, `benchmarks.scaling` reads.
+Without numbers on one rank, on two and so on up to all GPUs; else on one and two of the CPU, whose cores are divided
+among the ranks. What it prints, `benchmarks.scaling` reads.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import os
 import statistics
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
@@ -27,6 +29,15 @@ LARGE_BYTES = 2**26
 """Of a reduction that is all bandwidth."""
 
 
+def numbers_of_ranks(gpus: int) -> list[int]:
+    """1, 2, 4 and so on up to as many as there are GPUs, and that number itself; without a GPU one rank and two."""
+    return sorted({*(2**n for n in range(gpus.bit_length())), gpus}) if gpus else [1, 2]
+
+
+def say(line: str) -> None:
+    print(f"ranks.py: {line}", file=sys.stderr)
+
+
 def measure(program: "argparse.Namespace", ranks: int) -> dict[str, Any]:
     """What the ranks measured, in seconds: rank 0's clock, of each round; started by torch's launcher."""
     with tempfile.TemporaryDirectory() as folder:
@@ -36,7 +47,7 @@ def measure(program: "argparse.Namespace", ranks: int) -> dict[str, Any]:
         before = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = str(ROOT)
         try:
-            code = launch.launch(__file__, flags, ranks, max_restarts=0)
+            code = launch.launch(__file__, flags, ranks, max_restarts=0, say=say)
         finally:
             os.environ.pop("PYTHONPATH")
             if before is not None:
@@ -78,7 +89,7 @@ def rank_main(program: argparse.Namespace) -> None:
     device = torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with distributed.joined(device, 300, lambda: None, lambda line: print(line, file=sys.stderr)) as ranks:
+    with distributed.joined(device, 300, lambda: None, say) as ranks:
         params, batch_stats = hf.hyper_resnet(40, program.width).init(torch.Generator().manual_seed(0))
         numbers = tree.num_params((params, batch_stats)) + 4
         buffers = [torch.zeros(size, device=device) for size in (1, numbers, LARGE_BYTES // 4)]
@@ -116,21 +127,34 @@ def rank_main(program: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("ranks", nargs="*", type=int, default=[1, 2])
+    parser.add_argument("ranks", nargs="*", type=int, default=numbers_of_ranks(gpus := torch.cuda.device_count()))
     parser.add_argument("--width", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--engine", default="compiled-graph" if torch.cuda.is_available() else "eager")
     parser.add_argument("--sync-bn", action="store_true")
     parser.add_argument("--rank", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    if gpus and max(given.ranks) > gpus:
+        parser.error(f"got {max(given.ranks)} ranks, but torch sees {gpus} CUDA devices")
+    return given
 
 
 def main() -> None:
     program = parse()
     if program.rank:
-        rank_main(program)
-        return
+        code = 0
+        try:
+            rank_main(program)
+        except distributed.Told as told:
+            code = told.code
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Python's end would wait for NCCL, which waits for the end of every captured graph.
+        os._exit(code)
     for ranks in program.ranks:
         found = measure(program, ranks)
         print(json.dumps({**found, "step": statistics.median(found["step"])}), flush=True)

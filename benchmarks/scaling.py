@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+
+import hyperfunc as hf
 
 NORMS = 37
 """Batch norms of depth 40."""
@@ -27,6 +30,8 @@ class Pieces(NamedTuple):
     latency: float
     bandwidth: float
     size: int
+    row: int
+    """Bytes that `sync_norm` gathers of a rank in the batch norms of one pass, forward or backward."""
 
 
 def fit(found: Sequence[dict[str, Any]]) -> Pieces:
@@ -43,17 +48,29 @@ def fit(found: Sequence[dict[str, Any]]) -> Pieces:
     latency = float(np.median([one["reduce_one_number"] for one in reduced]))
     large = float(np.median([one["reduce_large"] for one in reduced]))
     # On two ranks each sends half of the bytes, and then the other half: 2 (W - 1) / W is one.
-    return Pieces(max(0.0, float(fixed)), float(per_picture), latency, 2**26 / large, found[0]["bytes"])
+    first = found[0]
+    row = row_bytes(first["width"])
+    return Pieces(max(0.0, float(fixed)), float(per_picture), latency, 2**26 / large, first["bytes"], row)
+
+
+def row_bytes(width: int) -> int:
+    """Of all batch norms: a mean and squares of each channel, and a count, in float32."""
+    _, batch_stats = hf.hyper_resnet(40, width).init(torch.Generator().manual_seed(0))
+    return 4 * (hf.num_params(batch_stats) + NORMS)
 
 
 def step_seconds(pieces: Pieces, ranks: int, batch_size: int, *, sync_bn: bool = False) -> float:
-    """t(W, B) = compute(B / W) + alpha(W) + 2 (W - 1) / W bytes / bandwidth, with alpha(W) = alpha(2) log2 W."""
+    """t(W, B) = compute(B / W) + alpha(W) + 2 (W - 1) / W bytes / bandwidth, with alpha(W) = alpha(2) log2 W.
+
+    With synchronised batch norms the bytes of each pass are a row of every rank's.
+    """
     compute = pieces.fixed + pieces.per_picture * batch_size / ranks
     if ranks == 1:
         return compute
     collectives = 1 + 2 * NORMS * sync_bn
     latency = pieces.latency * math.log2(ranks) * collectives
-    return compute + latency + 2 * (ranks - 1) / ranks * pieces.size / pieces.bandwidth
+    size = pieces.size + 2 * ranks * pieces.row * sync_bn
+    return compute + latency + 2 * (ranks - 1) / ranks * size / pieces.bandwidth
 
 
 def table(pieces: Pieces, batch_sizes: Sequence[int], *, sync_bn: bool) -> str:

@@ -9,7 +9,6 @@ from benchmarks.measure import median_seconds
 
 GPUS = torch.cuda.device_count()
 BATCH_SIZE = 128 if GPUS else 32
-RANKS = [2**n for n in range(GPUS.bit_length())] if GPUS else [1, 2]
 
 
 class RankZeroClock:
@@ -27,7 +26,7 @@ CLOCK = RankZeroClock()
 
 @pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("sync_bn", [False, True])
-@pytest.mark.parametrize("count", RANKS)
+@pytest.mark.parametrize("count", ranks.numbers_of_ranks(GPUS))
 def test_step_by_ranks(benchmark: BenchmarkFixture, count: int, sync_bn: bool) -> None:
     if sync_bn and count == 1:
         pytest.skip("one rank has nothing to synchronise")

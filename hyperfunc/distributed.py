@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from hyperfunc import tree
-from hyperfunc.watch import RankLost, Told, Watch, meet
+from hyperfunc.watch import EARLY, RankLost, Told, Watch, meet
 
 __all__ = ["SAVE", "Alone", "Group", "RankLost", "Ranks", "Told", "joined", "mean_over_ranks"]
 
@@ -39,6 +39,15 @@ def rank_of_environment() -> int | None:
 def local_rank() -> int:
     """The number of this rank on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def device_index(visible: int) -> int:
+    """Which device is this rank's, of so many that it sees.
+
+    A scheduler that starts a task a rank, as `srun --gpus-per-task=1`, may show each of them its own device alone.
+    Torch's launcher shows all ranks the same ones.
+    """
+    return 0 if visible == 1 and "TORCHELASTIC_RUN_ID" not in os.environ else local_rank()
 
 
 @contextlib.contextmanager
@@ -85,6 +94,12 @@ class Alone:
     def gather(self, value: str) -> list[str]:
         return [value]
 
+    def withdraw(self) -> None:
+        pass
+
+    def at_device(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
 
 class Group:
     """One of several ranks; made by `joined`.
@@ -121,8 +136,9 @@ class Group:
     def sum(self, values: Tree) -> Tree:
         """The sums over ranks of a pytree of scalars, which float64 holds exactly up to 2**53."""
         total = torch.stack([value.detach().double() for value in tree.leaves(values)])
-        self._watch.arrive()
-        dist.all_reduce(total)
+        with self._watch.waiting():
+            dist.all_reduce(total)
+            total.tolist()  # waits for the device here, and not at some later place
         return tree.replace_leaves(
             values, [new.to(old.dtype) for new, old in zip(total.unbind(), tree.leaves(values), strict=True)]
         )
@@ -134,9 +150,9 @@ class Group:
     def tell(self, flag: bool) -> bool:
         """Rank 0's flag, on every rank."""
         told = torch.tensor(int(flag), device=self._device)
-        self._watch.arrive()
-        dist.broadcast(told, 0)
-        return bool(told)
+        with self._watch.waiting():
+            dist.broadcast(told, 0)
+            return bool(told)
 
     def note_saved(self, run: str, path: str) -> None:
         """Leaves with the launcher whose checkpoint is at a path, for ranks that it may start in place of these."""
@@ -155,6 +171,17 @@ class Group:
         """See `watch.Watch.gather`."""
         return self._watch.gather(value)
 
+    def withdraw(self) -> None:
+        """See `watch.Watch.withdraw`."""
+        self._watch.withdraw()
+
+    def at_device(self) -> contextlib.AbstractContextManager[None]:
+        """For a place where the host may have to wait for the device, and so for all ranks' collectives on it.
+
+        On the CPU it is the host that computes there, and gloo ends what hangs.
+        """
+        return self._watch.waiting() if self._device.type == "cuda" else contextlib.nullcontext()
+
     def compare(self, state: Any, notes: Mapping[str, Any] | None = None) -> None:
         """Compares a pytree, and notes that JSON could hold, between all ranks by their digests.
 
@@ -166,12 +193,12 @@ class Group:
         # Two numbers in place of all: ranks are rarely different, and then their leaves may not even be the same.
         whole = _short(repr(digests).encode())
         extremes = torch.tensor([whole, -whole], device=self._device)
-        self._watch.arrive()
-        dist.all_reduce(extremes, dist.ReduceOp.MAX)
-        if extremes.sum().item() == 0:
-            return
-        gathered: list[Any] = [None] * self.world
-        dist.all_gather_object(gathered, digests)
+        with self._watch.waiting():
+            dist.all_reduce(extremes, dist.ReduceOp.MAX)
+            if extremes.sum().item() == 0:
+                return
+            gathered: list[Any] = [None] * self.world
+            dist.all_gather_object(gathered, digests)
         raise RankLost(f"the ranks are not equal: {describe_difference(gathered)}")
 
 
@@ -201,7 +228,12 @@ Ranks = Alone | Group
 
 @contextlib.contextmanager
 def joined(
-    device: torch.device, timeout: float, received: Callable[[], int | None], say: Callable[[str], None]
+    device: torch.device,
+    timeout: float,
+    received: Callable[[], int | None],
+    say: Callable[[str], None],
+    *,
+    apart: bool = False,
 ) -> Iterator[Ranks]:
     """The ranks that this process belongs to by torchrun's environment; `Alone` where there is none.
 
@@ -212,6 +244,7 @@ def joined(
         timeout: Seconds that a rank waits for another.
         received: See `watch.Watch`.
         say: See `watch.Watch`.
+        apart: See `watch.Watch`. Such ranks have no collectives.
 
     Raises:
         RankLost: Another rank did not come, or is gone; the message names it.
@@ -228,22 +261,25 @@ def joined(
     store, rank, world = next(rendezvous("env://", timeout=limit))
     shared = PrefixStore("hyperfunc", store)
     own = meet(shared, rank, world, timeout)
-    watch = Watch(own, rank, world, timeout=timeout, received=received, say=say)
+    # While it waits for the others, the group holds the store that it is given; the watch needs one, too.
+    for_group = own.clone() if hasattr(own, "clone") else own
+    watch = Watch(own, rank, world, timeout=timeout, received=received, say=say, apart=apart)
     watch.start()
     try:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=PrefixStore("group", own),
-            rank=rank,
-            world_size=world,
-            timeout=limit,
-            device_id=device if device.type == "cuda" else None,
-        )
+        if not apart:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=PrefixStore("group", for_group),
+                rank=rank,
+                world_size=world,
+                timeout=EARLY * limit,
+                device_id=device if device.type == "cuda" else None,
+            )
         yield Group(rank, world, device, shared, watch)
     except Exception as error:
         raise watch.judge(error, 2 if isinstance(error, ValueError) else 1) from error
     watch.leave()
-    if device.type != "cuda":
+    if dist.is_initialized() and device.type != "cuda":
         # NCCL would wait here for the end of every CUDA graph with an all-reduce in it, and the caller may hold some.
         dist.destroy_process_group()
 

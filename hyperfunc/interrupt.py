@@ -39,10 +39,12 @@ class Interrupts:
 
     Attributes:
         received: The number of the first signal that came after `defer`, or None.
+        leave_word: Called before a signal ends the process before `defer`.
     """
 
     def __init__(self, farewell: Callable[[int], str]) -> None:
         self.received: int | None = None
+        self.leave_word: Callable[[], object] = lambda: None
         self._farewell = farewell
         self._deferred = False
         self._restore = contextlib.ExitStack()
@@ -81,6 +83,7 @@ class Interrupts:
             if number not in SIGNALS:
                 continue
             if not self._deferred:
+                self.leave_word()
                 with contextlib.suppress(OSError):
                     # Below a bar that may stand there.
                     os.write(2, f"{os.linesep * os.isatty(2)}{self._farewell(number)}{os.linesep}".encode())

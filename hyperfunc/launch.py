@@ -9,14 +9,15 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hyperfunc.exits import EXIT_FAILED
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 """What the launcher hands on to the ranks."""
 
 
@@ -88,15 +89,35 @@ def check_batch_size(batch_size: int, ranks: int) -> None:
     )
 
 
-def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int) -> int:
+def signals_to_hand_on() -> list[str]:
+    """`SIGNALS`; but a process started by `nohup`, and its ranks with it, goes on ignoring a closed terminal."""
+    hung_up = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [name for name in SIGNALS if name != "SIGHUP" or not hung_up]
+
+
+def has_said_why(logs: Path) -> bool:
+    """Whether a rank of the last start has left the reason why it ended, by torch's elastic error file."""
+    starts = {int(path.name.removeprefix("attempt_")): path for path in logs.glob("*/attempt_*")}
+    return bool(starts) and any(starts[max(starts)].glob("*/error.json"))
+
+
+def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int, say: Callable[[str], object]) -> int:
     """Runs a Python program on so many ranks of this machine and returns the exit code of them all.
 
     Signals are handed on to the ranks, which are killed if they have not ended 30 seconds later.
+
+    Args:
+        program: Its path.
+        argv: Its arguments.
+        ranks: How many.
+        max_restarts: How often all are started again after one has failed.
+        say: Takes the line about a rank that was killed, where none of the others has named it.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    handed_on = signals_to_hand_on()
     environment = {
         # Ranks that all compute with all cores would only wait for each other.
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
@@ -104,11 +125,11 @@ def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int) 
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         **os.environ,
         # What older versions of torch read.
-        "TORCHELASTIC_SIGNALS_TO_HANDLE": SIGNALS,
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": ",".join(handed_on),
     }
     with tempfile.TemporaryDirectory(prefix="hyperfunc-") as logs, contextlib.ExitStack() as stack:
         known = {item.name for item in dataclasses.fields(LaunchConfig)}
-        newer: dict[str, Any] = {"signals_to_handle": SIGNALS}
+        newer: dict[str, Any] = {"signals_to_handle": ",".join(handed_on)}
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -128,13 +149,21 @@ def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int) 
         # The ranks say themselves what went wrong.
         stack.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.CRITICAL)
-        for number in map(signal.Signals.__getitem__, SIGNALS.split(",")):
+        if "SIGHUP" not in handed_on:
+            # Older versions of torch handle it whatever they are told. What came meanwhile is ignored afterwards.
+            stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        for number in map(signal.Signals.__getitem__, SIGNALS):
             stack.callback(signal.signal, number, signal.getsignal(number))
         try:
             elastic_launch(config, sys.executable)(program, *argv)
         except SignalException as stopped:
             return 128 + stopped.sigval
         except ChildFailedError as failed:
-            code = failed.get_first_failure()[1].exitcode
-            return code if code > 0 else EXIT_FAILED
+            rank, failure = failed.get_first_failure()
+            if failure.exitcode >= 0:
+                return failure.exitcode
+            if not has_said_why(Path(logs)):
+                say(f"rank {rank} (process {failure.pid}) was killed by {failure.signal_name()}")
+            return EXIT_FAILED
     return 0

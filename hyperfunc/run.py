@@ -124,7 +124,8 @@ def read_metrics(run: Run) -> int:
     sums = tree.map(lambda total, values: values.sum(dtype=total.dtype), run.epoch_totals, rows)
     run.epoch_totals = tree.map(torch.add, run.epoch_totals, sums)
     run.report_totals = tree.map(torch.add, run.report_totals, sums)
-    losses, _, counts = (column.tolist() for column in rows)
+    with run.ranks.at_device():
+        losses, _, counts = (column.tolist() for column in rows)
     for offset, loss in enumerate(losses, 1 - len(losses)):
         if not math.isfinite(loss):
             run.progress.batch += offset

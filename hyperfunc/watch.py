@@ -10,17 +10,26 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
+import torch
 from torch.distributed import DistError, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from hyperfunc.exits import EXIT_FAILED
+
+EARLY = 0.8
+"""The part of the timeout after which a rank is given up: all is to be over by its end."""
 
 NAMED = 4
 """How many ranks a line names; the rest it counts."""
 
 SILENT_LOOKS = 5
 """After how many looks without a beat a rank that does not go on counts as silent: it was stopped a moment later."""
+
+SILENCE_AFTER_SIGNAL = 3.0
+"""Seconds without a beat that count as silent once a signal asks to end: launchers send one to all when they find one
+rank dead, and kill all soon after."""
 
 PATIENCE_LOOKS = 15
 """How many looks an error in a collective waits to see who else has one, and so who has not."""
@@ -79,7 +88,7 @@ def meet(store: Store, rank: int, world: int, timeout: float) -> Store:
 
 def _enter(store: Store, number: int, rank: int) -> Store:
     own = PrefixStore(f"start/{number}", store)
-    own.set(f"beat/{rank}", "0/0")
+    own.set(f"beat/{rank}", "0/0/0")
     own.set(f"who/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
     return own
 
@@ -87,17 +96,20 @@ def _enter(store: Store, number: int, rank: int) -> Store:
 class Watch:
     """What one rank knows of the others.
 
-    A rank shows that it lives by a number that it raises at every look, and how far it is by a second one. Rank 0
-    watches all others, and they watch rank 0. Looks count and not the clock: ranks that were all stopped together, as
-    by a suspended machine, find each other alive afterwards.
+    A rank shows that it lives by a number that it raises at every look, how far it is by a second one, and whether it
+    waits for the others by a third. Rank 0 watches all others, and they watch rank 0. Looks count and not the clock:
+    ranks that were all stopped together, as by a suspended machine, find each other alive afterwards.
 
     Args:
         store: From `meet`.
         rank: This one's number.
         world: How many there are.
-        timeout: Seconds after which a rank that is silent, or behind and does not move, is given up.
+        timeout: Seconds after which a rank that is silent, or behind and does not move, is given up; and all of them
+            where all wait and none moves.
         received: Gives the number of a signal that asks to end, or None.
         say: Takes the line that says why all ranks end.
+        apart: Whether the ranks have work of their own and need each other in `gather` alone. After a signal a rank
+            that is gone then keeps none of the others from saving what they have in hand.
         end: Ends the process with an exit code.
     """
 
@@ -110,6 +122,7 @@ class Watch:
         timeout: float,
         received: Callable[[], int | None],
         say: Callable[[str], None],
+        apart: bool = False,
         end: Callable[[int], object] = os._exit,
     ) -> None:
         self._store = store
@@ -118,20 +131,26 @@ class Watch:
         self._timeout = timeout
         self._received = received
         self._say = say
+        self._apart = apart
         self._end = end
         # More ranks look less often: all of them ask the one store.
         self.interval = 0.1 * (1 + world / 32)
-        # Early enough that all is over by the timeout.
-        self._limit = max(2, round(0.8 * timeout / self.interval))
+        self._limit = max(2, round(EARLY * timeout / self.interval))
+        self._silence = min(self._limit, max(SILENT_LOOKS, round(SILENCE_AFTER_SIGNAL / self.interval)))
         self._grace = min(5.0, 0.1 * timeout)
         watched = range(1, world) if rank == 0 else [0]
         self._heard: dict[int, tuple[str, int]] = dict.fromkeys(watched, ("", 0))
         self._moved: dict[int, tuple[int, int]] = dict.fromkeys(watched, (0, 0))
+        self._quiet: dict[int, int] = {}
+        self._standstill: tuple[list[str], int] = [], 0
         self._stopping = threading.Event()
+        self._judged: int | None = None
+        self._lingers = False
         self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
         self._changed = threading.Condition()
         # All that follows is guarded by it.
         self._arrivals = 0
+        self._waits = 0
         self._point = 0
         self._round = 0
         self._wish: int | None = None
@@ -147,6 +166,19 @@ class Watch:
         """Notes that the main thread has come to a place where it waits for the other ranks."""
         with self._changed:
             self._arrivals += 1
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A place where the main thread waits for the other ranks and does nothing of its own that takes long."""
+        with self._changed:
+            self._arrivals += 1
+            self._waits += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._arrivals += 1
+                self._waits -= 1
 
     def agree(self, wish: int | None) -> int | None:
         """What all ranks do here, if anything: a wish of one of them, or a signal that one of them received.
@@ -174,12 +206,46 @@ class Watch:
             return self._order
 
     def gather(self, value: str) -> list[str]:
-        """What every rank gives; waits until all have come here, for however long they have work of their own."""
+        """What every rank gives; waits until all have come here, for however long they have work of their own.
+
+        After a signal only for those that live: what they give is all there is, if it was the signal that ended the
+        others before they had begun.
+
+        Raises:
+            RankLost: Another rank was lost after a signal.
+        """
         self._store.set(f"gathered/{self._rank}", value)
-        keys = [f"gathered/{rank}" for rank in range(self._world)]
-        while not self._store.check(keys):
+        while not self._store.check(["gathered/by"]):
+            if (code := self._verdict()) is not None:
+                raise Told(code)
+            if self._rank == 0:
+                self._close_gathering()
+            elif lost := self._lost():
+                raise RankLost(self._silent_line(lost))
             time.sleep(self.interval)
-        return [self._store.get(key).decode() for key in keys]
+        present = self._store.get("gathered/by").decode().split()
+        return [self._store.get(f"gathered/{rank}").decode() for rank in present]
+
+    def _close_gathering(self) -> None:
+        """Says whose values are all that there will be, as soon as nobody else is to be waited for."""
+        present = [rank for rank in range(self._world) if self._have("gathered", [rank])]
+        lost = self._lost()
+        if set(present) | set(lost) != set(range(self._world)):
+            return
+        if unexplained := {rank: looks for rank, looks in lost.items() if not self._have("withdrawn", [rank])}:
+            raise RankLost(self._silent_line(unexplained))
+        self._store.set("gathered/by", " ".join(map(str, present)))
+
+    def withdraw(self) -> None:
+        """Leaves word that a signal ends this process before it has begun; takes a moment, and no longer."""
+
+        def leave_word() -> None:
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"withdrawn/{self._rank}", "")
+
+        thread = threading.Thread(target=leave_word, daemon=True)
+        thread.start()
+        thread.join(1)
 
     def judge(self, error: Exception, code: int) -> Exception:
         """What is to be raised in the place of an error that ends this rank: it may be another's doing.
@@ -197,19 +263,39 @@ class Watch:
             elif self._rank != 0:
                 # What is wrong with all of them is for rank 0 to say.
                 time.sleep(3 * self.interval)
-            if not self._claim(code):
-                return Told(self._verdict() or code)
+            is_mine = self._claim(code, str(error))
+            told = Told(self._verdict() or code)
+            self._linger()
+            if not is_mine:
+                return told
         except RuntimeError:
+            if self._judged is not None:
+                return Told(self._judged)
             return RankLost(self._without_store()) if lost or is_of_communication(error) else error
         return error if lost or self._rank == 0 else _said_by(self._rank, error)
+
+    def _linger(self) -> None:
+        """Keeps the store, which may be rank 0's own, until the others have read there why all end, or are dead."""
+        others = [other for other in range(self._world) if other != self._rank and other not in self._quiet]
+        self._lingers = True
+        try:
+            for _ in range(PATIENCE_LOOKS):
+                if self._rank != 0 or self._have("heard", others):
+                    break
+                time.sleep(self.interval)
+        finally:
+            self._lingers = False
 
     def leave(self) -> None:
         """At a good end: waits until all are there, so that none is taken for dead, or ended, while it finishes."""
         with contextlib.suppress(RuntimeError):
             self._store.set(f"left/{self._rank}", "")
             while not self._store.check(["over"]):
-                if self._rank == 0 and self._have("left", range(self._world)):
+                lost = self._lost() if self._apart else {}
+                if self._rank == 0 and self._have("left", set(range(self._world)) - set(lost)):
                     self._store.set("over", "")
+                elif 0 in lost:
+                    break
                 time.sleep(self.interval)
         self._stopping.set()
         self._thread.join()
@@ -219,22 +305,24 @@ class Watch:
 
     def _work(self) -> None:
         look = 0
-        code: int | None = None
         judged_at = 0
         while not self._stopping.wait(self.interval):
             look += 1
             try:
                 with self._changed:
-                    beat = f"{look}/{self._arrivals}"
+                    beat = f"{look}/{self._arrivals}/{min(1, self._waits)}"
                 self._store.set(f"beat/{self._rank}", beat)
-                if code is None and (code := self._verdict()) is not None:
-                    judged_at = look
-                if code is not None:
+                if self._judged is None and (code := self._verdict()) is not None:
+                    self._judged, judged_at = code, look
+                    self._store.set(f"heard/{self._rank}", "")
+                if self._judged is not None:
                     # The main thread may be about to end by itself, with more to put in order.
+                    if self._lingers:
+                        judged_at = look
                     if (look - judged_at) * self.interval >= self._grace:
-                        self._end(code)
+                        self._end(self._judged)
                     continue
-                if (lost := self._look_at_others(look)) is not None and self._claim(EXIT_FAILED):
+                if (lost := self._look_at_others(look)) is not None and self._claim(EXIT_FAILED, lost):
                     self._say(lost)
                 self._follow_agreement()
             except RuntimeError:
@@ -242,6 +330,9 @@ class Watch:
                     return
                 if self._stopping.wait(self._grace):
                     return  # the store has gone with its process, after a good end
+                if self._judged is not None:
+                    self._end(self._judged)
+                    return
                 self._say(self._without_store())
                 self._end(EXIT_FAILED)
 
@@ -251,9 +342,11 @@ class Watch:
         if not others:
             return None
         beats = [beat.decode() for beat in self._store.multi_get([f"beat/{other}" for other in others])]
-        arrivals = [int(beat.partition("/")[2]) for beat in beats]
+        arrivals = [int(beat.split("/")[1]) for beat in beats]
         with self._changed:
+            own = f"{self._arrivals}/{min(1, self._waits)}"
             furthest = max(self._arrivals, *arrivals)
+        quiet: dict[int, int] = {}
         silent: dict[int, int] = {}
         stuck: list[int] = []
         for other, beat, arrived in zip(others, beats, arrivals, strict=True):
@@ -262,19 +355,51 @@ class Watch:
             if arrived != self._moved[other][0] or arrived == furthest:
                 self._moved[other] = (arrived, look)
             unheard, unmoved = look - self._heard[other][1], look - self._moved[other][1]
+            if unheard >= self._silence:
+                quiet[other] = unheard
             if max(unheard, unmoved) < self._limit:
                 continue
             if unheard >= min(SILENT_LOOKS, self._limit):
                 silent[other] = unheard
             else:
                 stuck.append(other)
+        self._quiet = quiet
+        if not self._apart:
+            silent |= self._lost()
         if silent:
-            seconds = min(silent.values()) * self.interval
-            return f"{self._name(list(silent))} gave no sign of life for {seconds:.1f} s: killed, stopped, or cut off"
+            return self._silent_line(silent)
         if stuck:
             seconds = self._limit * self.interval
             return f"{self._name(stuck)} is alive but has not gone on for {seconds:.1f} s, the others wait"
-        return None
+        return self._look_at_all([own, *(beat.partition("/")[2] for beat in beats)], look)
+
+    def _look_at_all(self, places: list[str], look: int) -> str | None:
+        """The line that all wait for what does not come, and none for another of them; for rank 0, who sees all.
+
+        What the host has left to a device counts as waiting, so that the ranks may stand like this for as long as a
+        device computes.
+        """
+        if self._rank != 0 or places != self._standstill[0] or not all(place.endswith("/1") for place in places):
+            self._standstill = places, look
+        looks = look - self._standstill[1]
+        if looks < self._limit:
+            return None
+        return f"no rank has gone on for {looks * self.interval:.1f} s, and all wait: a device or the network hangs"
+
+    def _lost(self) -> dict[int, int]:
+        """The ranks that none waits for any more once a signal asks to end, with how many looks they have been silent.
+
+        Of those that this rank watches.
+        """
+        with self._changed:
+            signaled = self._order is not None and self._order > 0
+        return self._quiet if signaled or self._received() is not None else {}
+
+    def _silent_line(self, silent: dict[int, int]) -> str:
+        seconds = min(silent.values()) * self.interval
+        if all(self._have("withdrawn", [rank]) for rank in silent):
+            return f"{self._name(list(silent))} was stopped by a signal before it had begun"
+        return f"{self._name(list(silent))} gave no sign of life for {seconds:.1f} s: killed, stopped, or cut off"
 
     def _follow_agreement(self) -> None:
         """Proposes what is wished for here, and brings forward what any rank has proposed."""
@@ -320,10 +445,13 @@ class Watch:
     def _beats(self) -> list[bytes]:
         return self._store.multi_get([f"beat/{other}" for other in range(self._world)])
 
-    def _claim(self, code: int) -> bool:
-        """Whether it is for this rank to say why all of them end."""
-        mine = f"{code} {self._rank}"
-        return self._store.compare_set("verdict", "", mine).decode() == mine
+    def _claim(self, code: int, reason: str) -> bool:
+        """Whether it is for this thread of this rank to say why all of them end."""
+        mine = f"{code} {self._rank} {threading.get_ident()}"
+        is_mine = self._store.compare_set("verdict", "", mine).decode() == mine
+        if is_mine:
+            tell_launcher(reason)
+        return is_mine
 
     def _verdict(self) -> int | None:
         """The exit code of all ranks, once one has said why they end."""
@@ -352,9 +480,17 @@ def is_of_communication(error: Exception) -> bool:
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
+def tell_launcher(reason: str) -> None:
+    """Leaves the file from which torch's elastic launcher knows the reason why a process ends."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        with contextlib.suppress(OSError):
+            get_error_handler().record_exception(RankLost(reason))
+
+
 def _said_by(rank: int, error: Exception) -> Exception:
     """The same error with the rank before its message."""
-    for kind in (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError):
+    # What is more special comes first: there is advice against a lack of memory.
+    for kind in (torch.OutOfMemoryError, ValueError, FloatingPointError, OSError, RuntimeError, MemoryError):
         if isinstance(error, kind):
             return kind(f"rank {rank}: {error}")
     return error

@@ -1,6 +1,7 @@
 """Several ranks against one, on gloo: the same program runs on all of them, started by torch's launcher."""
 
 import math
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from helpers import ONE_THREAD, ROOT
 
 from hyperfunc import data, launch, tree
-from hyperfunc.distributed import describe_difference, digest, mean_over_ranks, part
+from hyperfunc.distributed import describe_difference, device_index, digest, joined, mean_over_ranks, part
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -20,7 +21,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**ONE_THREAD, "PYTHONPATH": str(ROOT)}.items():
             patch.setenv(name, value)
-        code = launch.launch(str(Path(program.__file__)), [str(path)], request.param, max_restarts=0)
+        code = launch.launch(str(Path(program.__file__)), [str(path)], request.param, max_restarts=0, say=print)
     assert code == 0
     return {"world": request.param, **torch.load(path, weights_only=False)}
 
@@ -123,3 +124,28 @@ def test_the_odd_rank_out_is_named() -> None:
     )
     assert describe_difference([{"a": 1}, {"a": 2}, {"a": 2}]) == "rank 0 differs from rank 1 in a"
     assert describe_difference([{"a": 1}, {"a": 1, "b": 5}]) == "rank 1 differs from rank 0 in b"
+
+
+@pytest.mark.parametrize(
+    ("visible", "by_torch", "expected"), [(1, False, 0), (1, True, 2), (4, False, 2), (4, True, 2), (2, False, 2)]
+)
+def test_a_rank_that_sees_one_device_alone_takes_it(
+    visible: int, by_torch: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if by_torch:
+        # Which shows all ranks the same devices: these are then too few.
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    assert device_index(visible) == expected
+
+
+def test_ranks_with_runs_of_their_own_form_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    with joined(torch.device("cpu"), 10, lambda: None, print, apart=True) as ranks:
+        assert not torch.distributed.is_initialized()
+        assert ranks.gather("all there is") == ["all there is"]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import ONE_THREAD, ROOT, assert_trees_equal, make_folder
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 import train
 from hyperfunc import checkpoint, journal, launch
@@ -356,3 +357,96 @@ def test_runs_go_on_by_themselves_after_a_rank_was_killed(
         ours, theirs = (checkpoint.load(tmp_path / f"{name}.seed{seed}.pth").tensors for name in ("run", "whole"))
         assert_trees_equal(ours, theirs)
     assert (tmp_path / "run.1.seed1.pth").exists()
+
+
+# The launcher
+
+
+@pytest.fixture
+def said() -> list[str]:
+    """What the launcher has said."""
+    return []
+
+
+@pytest.fixture
+def launched(tmp_path: Path, said: list[str]) -> Callable[..., int]:
+    """Runs the body of a program on two ranks, whose number is in `rank`, and returns the launcher's exit code."""
+
+    def run(body: str, max_restarts: int = 0) -> int:
+        path = tmp_path / "program.py"
+        path.write_text(f"import os, signal, time\nrank = int(os.environ['RANK'])\n{body}\n")
+        return launch.launch(str(path), [], 2, max_restarts=max_restarts, say=said.append)
+
+    return run
+
+
+@pytest.mark.parametrize(("handler", "code"), [(signal.SIG_IGN, 0), (signal.SIG_DFL, 128 + signal.SIGHUP)])
+def test_a_closed_terminal_is_ignored_under_nohup(
+    handler: signal.Handlers, code: int, launched: Callable[..., int]
+) -> None:
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        assert launched("if rank:\n    os.kill(os.getppid(), signal.SIGHUP)\ntime.sleep(1)") == code
+        assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+KILLED = "if rank:\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(20)"
+NAMES = """open(os.environ['TORCHELASTIC_ERROR_FILE'], 'w').write('{"message": "said"}')"""
+
+
+def test_a_killed_rank_that_no_other_has_named_is_named(launched: Callable[..., int], said: list[str]) -> None:
+    assert launched(KILLED) == 1
+    (line,) = said
+    assert re.fullmatch(r"rank 1 \(process [0-9]+\) was killed by SIGKILL", line)
+
+
+def test_a_killed_rank_is_named_once(launched: Callable[..., int], said: list[str]) -> None:
+    # As `watch` does where it names a rank.
+    names = f"if not rank:\n    {NAMES}\nelse:\n    time.sleep(0.5)"
+    assert launched(f"{names}\n{KILLED}") == 1
+    assert said == []
+    # What was said of an earlier start explains nothing.
+    first = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
+    assert launched(f"if not rank and {first}:\n    {NAMES}\n{KILLED}", max_restarts=1) == 1
+    assert len(said) == 1
+
+
+STOPPED_ON_THE_WAY = """
+import os, signal, sys, time
+import torch
+from hyperfunc import distributed
+
+meet = distributed.meet
+
+def stopped(*given):
+    own = meet(*given)
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return own
+
+distributed.meet = stopped
+begin = time.monotonic()
+try:
+    with distributed.joined(torch.device("cpu"), 5, lambda: None, print):
+        pass
+except distributed.Told as told:
+    print(f"{time.monotonic() - begin:.1f}")
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_stopped_before_the_group_is_made_is_named_within_the_timeout(start: Start) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    first, second = (start("-c", STOPPED_ON_THE_WAY, **address, RANK=str(n), LOCAL_RANK=str(n)) for n in range(2))
+    lines = [line for line in first.communicate(timeout=60)[0].splitlines() if not line.startswith("[")]
+    second.kill()
+    second.communicate()
+    assert len(lines) == 2, lines
+    assert lines[0].startswith("rank 1 (")
+    if hasattr(Store, "clone"):
+        assert float(lines[1]) < 5
