@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 from hyperfunc.files import CHECKPOINT_ENDINGS, write_bytes
 from hyperfunc.flags import check_ranges, parse_value
 
+MOST_RUNS = 100_000
+"""Of a population: each is checked and named before the first one begins, which takes seconds for so many."""
+
 Flags = dict[str, Any]
 """Values by the name of their field, as in {"lr": 0.001, "seed": 3}."""
 
@@ -109,6 +112,10 @@ def expand(config: Any, allowed: Sequence[str], check: Callable[[Any], None]) ->
         given = read_grid(config.sweep, allowed) if config.sweep else {}
         if config.seeds and "seed" in given:
             raise ValueError("has seeds, and so does --seeds; leave one of them away")
+        count = math.prod(map(len, (grid | given).values()))
+        if count > MOST_RUNS:
+            flag = "" if config.sweep else "--seeds: "
+            raise ValueError(f"{flag}asks for {count:,} runs, expected at most {MOST_RUNS:,}")
         grid |= {name: [parse_value(type(config), name, value) for value in given[name]] for name in given}
         if "seed" in grid and config.seed != 0:
             raise ValueError(f"--seed: got {config.seed} beside other seeds; leave one of them away")

@@ -190,6 +190,8 @@ def test_a_sweep_is_checked_as_the_command_line_is(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--seeds", ""], "--seeds: got an empty text, as of a variable that is not set"),
+        (["--seeds", "1", "--sweep="], "--sweep: got an empty text, as of a variable that is not set"),
         (["--seeds", "0,"], "--seeds: got '0,', expected seeds with commas between"),
         (["--seeds", "1,1"], "--seeds: got '1,1', where a seed is given twice"),
         (["--seeds", "1,2", "--seed", "3"], "--seed: got 3 beside other seeds"),
@@ -203,6 +205,17 @@ def test_flags_that_do_not_go_together(
     run_here: RunHere, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     refused(run_here, capsys, flags, message)
+
+
+def test_too_many_runs_are_refused_before_they_are_counted_out(
+    tmp_path: Path, run_here: RunHere, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = [f"{number}e-5" for number in range(1, 401)]
+    (tmp_path / "g.json").write_text(json.dumps({"lr": rates, "seed": list(range(400)), "epochs": [1, 2]}))
+    message = "--sweep: g.json: asks for 320,000 runs, expected at most 100,000"
+    refused(run_here, capsys, ["--sweep", "g.json"], message)
+    seeds = ",".join(map(str, range(100_001)))
+    refused(run_here, capsys, ["--seeds", seeds], "--seeds: asks for 100,001 runs, expected at most 100,000")
 
 
 def refused(run_here: RunHere, capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
