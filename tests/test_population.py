@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import statistics
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,35 @@ def test_a_member_that_fails_leaves_the_others_as_they_are() -> None:
     for index in (0, 2):
         assert runs[index].seen == whole[index].seen
         assert_trees_equal(tree.named_leaves(runs[index].state), tree.named_leaves(whole[index].state))
+
+
+def test_a_member_that_fails_is_not_kept_in_memory() -> None:
+    class Large:
+        """Stands for what only the frame of a member holds."""
+
+    found: list[weakref.ref[Large]] = []
+
+    def run(single: Single, *, fails: bool) -> population.Member:
+        large = Large()
+        found.append(weakref.ref(large))
+        code = yield from single.run()
+        if fails:
+            try:
+                raise ValueError(large)
+            except ValueError:
+                raise FloatingPointError("diverged")  # noqa: B904
+        return code
+
+    runs = [Single(seed) for seed in range(2)]
+    gc.collect()
+    gc.disable()
+    try:
+        members = [run(one, fails=one.seed == 1) for one in runs]
+        ends = population.in_step(members, step_of(runs), [one.state for one in runs])
+        assert (ends[0], str(ends[1])) == (0, "diverged")
+        assert found[1]() is None
+    finally:
+        gc.enable()
 
 
 def test_all_members_stop_at_the_same_step() -> None:
