@@ -63,10 +63,9 @@ def carry_out(
     with locked_file(table, ranks):
         code, results = _carry_out_share(program, members, config.seeds_per_step, ranks, device, interrupts, printer)
         if ranks.rank == 0 and len(results) == len(members):
-            chosen_by = "held-out pictures" if config.val_size else "the test set itself, for want of --val-size"
-            for line in ["", *sweep.markdown(results, chosen_by).splitlines()]:
+            for line in ["", *sweep.markdown(results).splitlines()]:
                 printer.say(line)
-            sweep.write_table(table, results, chosen_by)
+            sweep.write_table(table, results)
     return code
 
 
@@ -126,15 +125,18 @@ def _carry_out_group(
     results: list[sweep.Result] = []
     for index, ((flags, config), run) in enumerate(zip(group, runs, strict=True)):
         end, progress = ends[index], run.progress
+        chosen_by = "held-out pictures" if config.val_size else "the test set itself, for want of --val-size"
         if isinstance(end, FloatingPointError):
             speakers[index].warn(f"failed: {end}")
-            results.append(sweep.Result(flags, config.checkpoint_path, None, None, 0, str(end)))
+            results.append(sweep.Result(flags, config.checkpoint_path, None, None, 0, str(end), chosen_by))
         elif progress.epoch >= config.epochs:
             last, best = (
                 progress.history[epoch - 1]["test/accuracy"] for epoch in (progress.epoch, progress.best_epoch)
             )
             failed = "" if end != EXIT_FAILED else "not saved"
-            results.append(sweep.Result(flags, config.checkpoint_path, last, best, progress.best_epoch, failed))
+            results.append(
+                sweep.Result(flags, config.checkpoint_path, last, best, progress.best_epoch, failed, chosen_by)
+            )
     return results
 
 

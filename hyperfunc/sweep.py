@@ -150,6 +150,7 @@ class Result(NamedTuple):
         best: Test accuracy of the epoch that was chosen as the best, in percent; None as for `last`.
         best_epoch: Its number; 0 as for `last`.
         failed: Why it failed, or empty.
+        chosen_by: What pictures the best epoch was chosen by.
     """
 
     flags: Flags
@@ -158,6 +159,7 @@ class Result(NamedTuple):
     best: float | None
     best_epoch: int
     failed: str = ""
+    chosen_by: str = ""
 
 
 class Line(NamedTuple):
@@ -171,6 +173,7 @@ class Line(NamedTuple):
     last: tuple[float, float]
     best: tuple[float, float]
     failed: int
+    chosen_by: str
 
 
 def lines(results: Sequence[Result]) -> list[Line]:
@@ -182,7 +185,8 @@ def lines(results: Sequence[Result]) -> list[Line]:
     for group in groups.values():
         done = [result for result in group if not result.failed]
         last, best = (_mean_and_std([getattr(r, column) for r in done]) for column in ("last", "best"))
-        found.append(Line(_without_seed(group[0].flags), len(done), last, best, len(group) - len(done)))
+        flags, failed = _without_seed(group[0].flags), len(group) - len(done)
+        found.append(Line(flags, len(done), last, best, failed, group[0].chosen_by))
     return found
 
 
@@ -195,24 +199,25 @@ def _mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     return mean, statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def markdown(results: Sequence[Result], chosen_by: str) -> str:
-    """The table of `lines`, and one of the single runs.
-
-    Args:
-        results: Of all runs.
-        chosen_by: What pictures the best epochs were chosen by.
-    """
+def markdown(results: Sequence[Result]) -> str:
+    """The table of `lines`, and one of the single runs."""
     rows = [["runs", "n", "failed", "test accuracy, last epoch", "test accuracy, best epoch"]]
+    note = "Mean ± sample standard deviation over n runs"
+    choices = list(dict.fromkeys(result.chosen_by for result in results))
+    if len(choices) == 1:
+        note += f"; the best epoch was chosen by {choices[0]}"
+    else:
+        rows[0].append("best epoch chosen by")
     for line in lines(results):
         shown = (_mean_text(*pair) for pair in (line.last, line.best))
-        rows.append([_readable(line.flags) or "all", str(line.n), str(line.failed), *shown])
+        chosen_by = [line.chosen_by] if len(choices) > 1 else []
+        rows.append([_readable(line.flags) or "all", str(line.n), str(line.failed), *shown, *chosen_by])
     single = [["run", "last epoch", "best epoch", "epoch", "checkpoint"]]
     for result in results:
         numbers = ("-" if value is None else f"{value:.2f} %" for value in (result.last, result.best))
         epoch = str(result.best_epoch) if not result.failed else "failed"
         single.append([_readable(result.flags), *numbers, epoch, result.checkpoint])
-    note = f"Mean ± sample standard deviation over n runs; the best epoch was chosen by {chosen_by}."
-    return "\n".join([*_table(rows), "", note, "", *_table(single)]) + "\n"
+    return "\n".join([*_table(rows), "", f"{note}.", "", *_table(single)]) + "\n"
 
 
 def _mean_text(mean: float, std: float) -> str:
@@ -231,7 +236,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return [shown[0], "| " + " | ".join("-" * width for width in widths) + " |", *shown[1:]]
 
 
-def write_table(path: Path, results: Sequence[Result], chosen_by: str) -> None:
+def write_table(path: Path, results: Sequence[Result]) -> None:
     """Writes path.json and path.md, where nan is null.
 
     Raises:
@@ -242,7 +247,7 @@ def write_table(path: Path, results: Sequence[Result], chosen_by: str) -> None:
         return {key: None if math.isnan(x) else x for key, x in zip(("mean", "std"), pair, strict=True)}
 
     table = [line._asdict() | {"last": numbers(line.last), "best": numbers(line.best)} for line in lines(results)]
-    content = {"best_chosen_by": chosen_by, "table": table, "runs": [result._asdict() for result in results]}
+    content = {"table": table, "runs": [result._asdict() for result in results]}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path.with_name(path.name + ".json"), json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
-    write_bytes(path.with_name(path.name + ".md"), markdown(results, chosen_by).encode())
+    write_bytes(path.with_name(path.name + ".md"), markdown(results).encode())

@@ -174,13 +174,27 @@ def test_the_table_has_mean_and_sample_deviation_of_those_that_came_to_an_end(tm
     assert first.best == (91.75, pytest.approx(statistics.stdev([91.0, 92.5])))
     assert second.n == 1
     assert math.isnan(second.last[1])
-    sweep.write_table(tmp_path / "run.population", results, "held-out pictures")
+    sweep.write_table(tmp_path / "run.population", results)
     content = json.loads((tmp_path / "run.population.json").read_text())
     assert content["table"][1]["last"] == {"mean": 10.0, "std": None}
     assert content["runs"][2]["failed"] == "not finite"
     shown = (tmp_path / "run.population.md").read_text()
     assert "| 91.00 ± 1.41 %" in shown
     assert "| 10.00 % " in shown
+
+
+def test_the_table_says_for_each_line_what_its_best_epoch_was_chosen_by() -> None:
+    results = [
+        sweep.Result(
+            {"val_size": size, "seed": 0}, "a.pth", 90.0, 91.0, 3, "", "the test set" if not size else "others"
+        )
+        for size in (0, 8)
+    ]
+    header, _, first, second, *rest = sweep.markdown(results).splitlines()
+    assert header.endswith("| best epoch chosen by |")
+    assert [row.split("|")[-2].strip() for row in (first, second)] == ["the test set", "others"]
+    assert "Mean ± sample standard deviation over n runs." in rest
+    assert [line.chosen_by for line in sweep.lines(results)] == ["the test set", "others"]
 
 
 # The program
@@ -337,6 +351,7 @@ def test_stopped_and_resumed_is_as_if_undisturbed(folder: Path, tmp_path: Path, 
     again = run_here(*stopped, "--resume")
     assert again.returncode == 0
     assert again.stdout.count("nothing to do") == 3
+    assert "; the best epoch was chosen by the test set itself, for want of --val-size." in again.stdout
 
 
 def test_a_run_that_diverges_is_in_the_table_and_the_exit_code(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
