@@ -4,19 +4,22 @@ Each rank trains its share of the runs, in groups that share a step; one table s
 """
 
 import contextlib
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.distributed import DistError  # pyright: ignore[reportPrivateImportUsage]
 
 from hyperfunc import population, sweep
 from hyperfunc.config import SEEDS_PER_STEP, Config, runs_of
 from hyperfunc.console import Printer
-from hyperfunc.distributed import Alone, Apart, Ranks
-from hyperfunc.exits import EXIT_FAILED
+from hyperfunc.distributed import Alone, Apart, RankLost, Ranks
+from hyperfunc.exits import EXIT_FAILED, one_line
 from hyperfunc.files import beside
 from hyperfunc.interrupt import Interrupts
 from hyperfunc.population import FIRST_SIGNAL
@@ -29,12 +32,15 @@ class Program:
     """What a program does for one run, and for several that share a step.
 
     Attributes:
+        check: `check(config, ranks, device)`: raises a ValueError for what can be known to be wrong with a run before
+            its data is read.
         set_up: `set_up(config, ranks, device, printer, like)`: a run in memory, which shares with the run `like`, if
             there is one, what it can.
         start: `start(runs, printer)`: gives runs the engine; of several the first one's step is that of them all.
         carry_out: `carry_out(run, interrupts, printer)`: see `population.Member`.
     """
 
+    check: Callable[[Config, Ranks, torch.device], object]
     set_up: Callable[[Config, Ranks, torch.device, Printer, Run | None], Run]
     start: Callable[[Sequence[Run], Printer], None]
     carry_out: Callable[[Run, Interrupts, Printer], population.Member]
@@ -55,7 +61,8 @@ def carry_out(
         printer: For lines about single runs, each with its name before it, and for the table.
 
     Raises:
-        ValueError: A flag is not what it should be, or another process is writing to the same files.
+        ValueError: A flag is not what it should be, a checkpoint is not what `--resume` asks for, or another process is
+            writing to the same table. Nothing has begun.
         OSError: The table cannot be written.
     """
     members = runs_of(config)
@@ -83,8 +90,11 @@ def _carry_out_share(
     if not at_once:
         at_once = min(SEEDS_PER_STEP, math.ceil(len(members) / ranks.world)) if device.type == "cuda" else 1
     own = Apart(ranks)
+    share = sweep.groups(members, at_once)[ranks.rank :: ranks.world]
+    for _, config in itertools.chain(*share):
+        program.check(config, own, device)
     results: list[sweep.Result] = []
-    for group in sweep.groups(members, at_once)[ranks.rank :: ranks.world]:
+    for group in share:
         if own.agree(interrupts.received) is None:
             results += _carry_out_group(program, group, own, device, interrupts, printer)
     number = own.agree(interrupts.received)
@@ -106,41 +116,63 @@ def _carry_out_group(
 ) -> list[sweep.Result]:
     # Dynamo counts what it compiles by the code alone, and gives up after eight times.
     torch.compiler.reset()
+    runs: dict[int, Run] = {}
+    ends: dict[int, int | str | FloatingPointError] = {}
+    speakers = [Printer(quiet=printer.quiet, prefix=f"{sweep.name_of(flags)}  ") for flags, _ in group]
     with contextlib.ExitStack() as stack:
-        runs: list[Run] = []
-        speakers = [Printer(quiet=printer.quiet, prefix=f"{sweep.name_of(flags)}  ") for flags, _ in group]
-        for (_, config), speaker in zip(group, speakers, strict=True):
-            stack.enter_context(locked(config, ranks))
+        for index, ((_, config), speaker) in enumerate(zip(group, speakers, strict=True)):
             speaker.quiet = printer.quiet or bool(runs)
-            runs.append(program.set_up(config, ranks, device, speaker, runs[0] if runs else None))
+            with _noting_failure(ends, [index]):
+                stack.enter_context(locked(config, ranks))
+                like = next(iter(runs.values()), None)
+                runs[index] = program.set_up(config, ranks, device, speaker, like)
             speaker.quiet = printer.quiet
         interrupts.defer()
-        ends: dict[int, int | FloatingPointError] = {}
         for indices in _at_one_step(runs):
             together = [runs[index] for index in indices]
-            program.start(together, speakers[indices[0]])
-            started = [program.carry_out(runs[index], interrupts, speakers[index]) for index in indices]
-            found = population.in_step(started, together[0].step, [run.state for run in together])
-            ends |= dict(zip(indices, found, strict=True))
+            with _noting_failure(ends, indices):
+                program.start(together, speakers[indices[0]])
+                started = [program.carry_out(runs[index], interrupts, speakers[index]) for index in indices]
+                found = population.in_step(started, together[0].step, [run.state for run in together])
+                ends |= dict(zip(indices, found, strict=True))
     results: list[sweep.Result] = []
-    for index, ((flags, config), run) in enumerate(zip(group, runs, strict=True)):
-        end, progress = ends[index], run.progress
+    for index, (flags, config) in enumerate(group):
+        end = ends[index]
         chosen_by = "held-out pictures" if config.val_size else "the test set itself, for want of --val-size"
-        if isinstance(end, FloatingPointError):
+        failed = sweep.Result(flags, config.checkpoint_path, None, None, 0, str(end), chosen_by)
+        if not isinstance(end, int):
             speakers[index].warn(f"failed: {end}")
-            results.append(sweep.Result(flags, config.checkpoint_path, None, None, 0, str(end), chosen_by))
-        elif progress.epoch >= config.epochs:
+            results.append(failed)
+        elif (progress := runs[index].progress).epoch >= config.epochs:
             last, best = (
                 progress.history[epoch - 1]["test/accuracy"] for epoch in (progress.epoch, progress.best_epoch)
             )
-            failed = "" if end != EXIT_FAILED else "not saved"
-            results.append(
-                sweep.Result(flags, config.checkpoint_path, last, best, progress.best_epoch, failed, chosen_by)
-            )
+            not_saved = "" if end != EXIT_FAILED else "not saved"
+            results.append(failed._replace(last=last, best=best, best_epoch=progress.best_epoch, failed=not_saved))
     return results
 
 
-def _at_one_step(runs: Sequence[Run]) -> Iterator[list[int]]:
+@contextlib.contextmanager
+def _noting_failure(ends: dict[int, int | str | FloatingPointError], indices: Sequence[int]) -> Iterator[None]:
+    """Notes what ends these runs, of which the others know nothing, and goes on after it."""
+    try:
+        yield
+    except (DistError, RankLost):
+        raise  # of the ranks, and not of a run
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        reason = one_line(error)
+        # On the CPU torch has no class for it.
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in reason:
+            cure = "--seeds-per-step" if len(indices) > 1 else "--batch-size"
+            reason = f"the device is out of memory, try a smaller {cure}: {reason}"
+        elif isinstance(error, RuntimeError):
+            if os.environ.get("HYPERFUNC_TRACEBACK"):
+                raise
+            reason = f"{type(error).__name__}: {reason}"
+        ends |= dict.fromkeys(indices, reason)
+
+
+def _at_one_step(runs: Mapping[int, Run]) -> Iterator[list[int]]:
     """The indices of runs that stand at the same step: after a kill between two saves that may not be all."""
-    for position in sorted({run.steps_done for run in runs}):
-        yield [index for index, run in enumerate(runs) if run.steps_done == position]
+    for position in sorted({run.steps_done for run in runs.values()}):
+        yield [index for index, run in runs.items() if run.steps_done == position]

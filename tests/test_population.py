@@ -185,10 +185,8 @@ def test_the_table_has_mean_and_sample_deviation_of_those_that_came_to_an_end(tm
 
 def test_the_table_says_for_each_line_what_its_best_epoch_was_chosen_by() -> None:
     results = [
-        sweep.Result(
-            {"val_size": size, "seed": 0}, "a.pth", 90.0, 91.0, 3, "", "the test set" if not size else "others"
-        )
-        for size in (0, 8)
+        sweep.Result({"val_size": size, "seed": 0}, "a.pth", 90.0, 91.0, 3, chosen_by=chosen_by)
+        for size, chosen_by in ((0, "the test set"), (8, "others"))
     ]
     header, _, first, second, *rest = sweep.markdown(results).splitlines()
     assert header.endswith("| best epoch chosen by |")
@@ -362,6 +360,74 @@ def test_a_run_that_diverges_is_in_the_table_and_the_exit_code(folder: Path, tmp
     assert (good["failed"], bad["last"]) == ("", None)
     assert "the loss is" in bad["failed"]
     assert "is not finite" in done.stderr
+
+
+def test_a_run_that_cannot_begin_leaves_the_others_as_they_are(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    """24 pictures to train on, and another process at the checkpoint of one of the others."""
+    (tmp_path / "g.json").write_text('{"batch_size": [64, 8], "seed": [0, 1, 2], "epochs": [1]}')
+    flags = small(folder, "--sweep", "g.json", "--seeds-per-step", "3", "--checkpoint-path", "run.pth")
+    with hf.files.lock_for(tmp_path / "run.batch-size8.epochs1.seed0.pth"):
+        done = run_here(*flags)
+    assert done.returncode == 1
+    too_large = "--batch-size: got 64, expected at most the 24 training pictures"
+    reasons = [row["failed"] for row in results(tmp_path / "run.population.json")]
+    assert reasons[:3] == [too_large] * 3
+    assert "another run is writing to" in reasons[3]
+    assert reasons[4:] == ["", ""]
+    assert f"batch-size64.epochs1.seed2  failed: {too_large}\n" in done.stderr
+    assert "| batch-size 8, epochs 1  | 2 | 1 " in done.stdout
+
+
+def test_runs_that_do_not_fit_together_into_memory(
+    folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = train.train
+
+    def too_much(run: Any, *rest: Any) -> Any:
+        if run.config.seed == 1:
+            torch.empty(2**60, dtype=torch.uint8)
+        return (yield from begin(run, *rest))
+
+    monkeypatch.setattr(train, "train", too_much)
+    flags = small(folder, "--seeds", "0,1,2", "--epochs", "1")
+    assert run_here(*flags, "--seeds-per-step", "2", "--checkpoint-path", "two.pth").returncode == 1
+    rows = results(tmp_path / "two.population.json")
+    assert [row["failed"].partition(": ")[0] for row in rows] == [
+        "the device is out of memory, try a smaller --seeds-per-step",
+        "the device is out of memory, try a smaller --seeds-per-step",
+        "",
+    ]
+    assert run_here(*flags, "--seeds-per-step", "1", "--checkpoint-path", "one.pth").returncode == 1
+    rows = results(tmp_path / "one.population.json")
+    assert [row["failed"].partition(": ")[0] for row in rows] == [
+        "",
+        "the device is out of memory, try a smaller --batch-size",
+        "",
+    ]
+
+
+def test_what_can_be_known_before_is_known_before_the_first_run(
+    folder: Path, tmp_path: Path, run_here: RunHere
+) -> None:
+    (tmp_path / "g.json").write_text('{"lr": [0.002], "seed": [0, 1]}')
+    flags = small(folder, "--sweep", "g.json", "--checkpoint-path", "run.pth")
+    assert run_here(*flags, "--epochs", "1").returncode == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    second = tmp_path / "run.lr0.002.seed1.pth"
+    more = [*flags, "--epochs", "2", "--resume"]
+    assert_refused(run_here(*more, "--decay", "generated"), "--resume: run.lr0.002.seed0.pth holds another run")
+    for wrong, message in (
+        (before[second.name][:-1] + b"x", "run.lr0.002.seed1.pth is damaged"),
+        (before["run.population.json"], "run.lr0.002.seed1.pth is damaged, or is not a file of hyperfunc"),
+    ):
+        second.write_bytes(wrong)
+        assert_refused(run_here(*more), message)
+        second.write_bytes(before[second.name])
+    assert_refused(run_here(*flags, "--engine", "graph"), "--engine: got graph, which needs a GPU")
+    (tmp_path / "h.json").write_text('{"precision": ["fp32", "tf32"]}')
+    assert_refused(run_here(*small(folder, "--sweep", "h.json")), "precision: got tf32, which needs an NVIDIA GPU")
+    (tmp_path / "h.json").unlink()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.slow
