@@ -18,12 +18,12 @@ from torch.distributed import DistError  # pyright: ignore[reportPrivateImportUs
 from hyperfunc import population, sweep
 from hyperfunc.config import SEEDS_PER_STEP, Config, runs_of
 from hyperfunc.console import Printer
-from hyperfunc.distributed import Alone, Apart, RankLost, Ranks
+from hyperfunc.distributed import Alone, Apart, RankLost, Ranks, digest
 from hyperfunc.exits import EXIT_FAILED, one_line
 from hyperfunc.files import beside
 from hyperfunc.interrupt import Interrupts
 from hyperfunc.population import FIRST_SIGNAL
-from hyperfunc.run import Run
+from hyperfunc.run import Run, flags_to_compare
 from hyperfunc.run_file import locked, locked_file
 
 
@@ -68,42 +68,80 @@ def carry_out(
     members = runs_of(config)
     table = beside(Path(config.checkpoint_path).resolve(), ".population")
     with locked_file(table, ranks):
-        code, results = _carry_out_share(program, members, config.seeds_per_step, ranks, device, interrupts, printer)
+        at_once = config.seeds_per_step
+        if not at_once:
+            at_once = min(SEEDS_PER_STEP, math.ceil(len(members) / ranks.world)) if device.type == "cuda" else 1
+        share = sweep.groups(members, at_once)[ranks.rank :: ranks.world]
+        own = Apart(ranks)
+        for _, member in itertools.chain(*share):
+            program.check(member, own, device)
+        # None goes on before all know that their runs are as they should be, and are runs of one population.
+        kinds = {"the runs": [sweep.name_of(flags) for flags, _ in members], "the runs in one step": at_once}
+        ranks.compare({}, {**flags_to_compare(config), "--sweep": ""} | kinds)
+        if ranks.rank == 0:
+            _clear_table(table, config, ranks, printer)
+        code, results = _carry_out_share(program, share, ranks, device, interrupts, printer)
         if ranks.rank == 0 and len(results) == len(members):
+            order = {member.checkpoint_path: place for place, (_, member) in enumerate(members)}
+            results.sort(key=lambda result: order[result.checkpoint])
             for line in ["", *sweep.markdown(results).splitlines()]:
                 printer.say(line)
             sweep.write_table(table, results)
     return code
 
 
+def _clear_table(table: Path, config: Config, ranks: Ranks, printer: Printer) -> None:
+    # Ranks that were started again find the table of the first ones, if any.
+    is_own = config.resume or ranks.saved_run(str(table)) is not None
+    ranks.note_saved("table", str(table))
+    for kept in sweep.clear_table(table, keep=not is_own):
+        printer.say(f"kept a table of earlier runs as {kept}")
+
+
 def _carry_out_share(
     program: Program,
-    members: Sequence[sweep.Member],
-    at_once: int,
+    share: Sequence[Sequence[sweep.Member]],
     ranks: Ranks,
     device: torch.device,
     interrupts: Interrupts,
     printer: Printer,
 ) -> tuple[int, list[sweep.Result]]:
-    """Trains this rank's share of all runs; returns the exit code and, of the runs of all ranks, what came out of those
-    that are over."""
-    if not at_once:
-        at_once = min(SEEDS_PER_STEP, math.ceil(len(members) / ranks.world)) if device.type == "cuda" else 1
+    """Trains this rank's share of all runs, in groups; returns the exit code and, of the runs of all ranks, what came
+    out of those that are over."""
     own = Apart(ranks)
-    share = sweep.groups(members, at_once)[ranks.rank :: ranks.world]
-    for _, config in itertools.chain(*share):
-        program.check(config, own, device)
     results: list[sweep.Result] = []
+    pictures: dict[str, str] = {}
+    if not share:
+        interrupts.defer()  # the others save theirs, and this rank waits for them
     for group in share:
         if own.agree(interrupts.received) is None:
-            results += _carry_out_group(program, group, own, device, interrupts, printer)
+            found, own_pictures = _carry_out_group(program, group, own, device, interrupts, printer)
+            results += found
+            pictures |= own_pictures
     number = own.agree(interrupts.received)
     code = EXIT_FAILED if any(result.failed for result in results) else 0
     code = code if number is None else FIRST_SIGNAL + number
-    gathered = [json.loads(text) for text in ranks.gather(json.dumps([code, results]))]
-    order = [config.checkpoint_path for _, config in members]
-    every = [sweep.Result(*row) for _, rows in gathered for row in rows]
-    return max(code for code, _ in gathered), sorted(every, key=lambda result: order.index(result.checkpoint))
+    gathered = [json.loads(text) for text in ranks.gather(json.dumps([code, results, pictures]))]
+    _check_pictures([digests for _, _, digests in gathered])
+    every = [sweep.Result(*row) for _, rows, _ in gathered for row in rows]
+    return max(code for code, _, _ in gathered), every
+
+
+def _check_pictures(digests: Sequence[Mapping[str, str]]) -> None:
+    """Compares what the ranks had to train on and to test, each with the first that had such.
+
+    Raises:
+        RankLost: They had different ones.
+    """
+    first: dict[str, int] = {}
+    for rank, own in enumerate(digests):
+        for name, found in own.items():
+            other = first.setdefault(name, rank)
+            if digests[other][name] != found:
+                raise RankLost(
+                    f"the ranks are not equal: rank {rank} differs from rank {other} in {name}; "
+                    "each run is saved, but no table shows them beside each other"
+                )
 
 
 def _carry_out_group(
@@ -113,7 +151,8 @@ def _carry_out_group(
     device: torch.device,
     interrupts: Interrupts,
     printer: Printer,
-) -> list[sweep.Result]:
+) -> tuple[list[sweep.Result], dict[str, str]]:
+    """Trains runs in one step; returns what came out of those that are over, and `_digests` of their pictures."""
     # Dynamo counts what it compiles by the code alone, and gives up after eight times.
     torch.compiler.reset()
     runs: dict[int, Run] = {}
@@ -149,7 +188,17 @@ def _carry_out_group(
             )
             not_saved = "" if end != EXIT_FAILED else "not saved"
             results.append(failed._replace(last=last, best=best, best_epoch=progress.best_epoch, failed=not_saved))
-    return results
+    return results, {name: found for run in runs.values() for name, found in _digests(run).items()}
+
+
+def _digests(run: Run) -> dict[str, str]:
+    """Fingerprints of a run's pictures, by names under which those of another run are the same."""
+    config, dataset = run.config, run.dataset
+    # Which pictures are held out or left out is the seed's to say; which ones test a run is not.
+    drawn = f" under --val-size {config.val_size}, --train-size {config.train_size} and --seed {config.seed}"
+    whole = f"the pictures of {config.dataset}{drawn if config.val_size or config.train_size else ''}"
+    test = repr([dataset.classes, *map(digest, dataset.test)])
+    return {whole: run.data_digest, f"the pictures to test of {config.dataset}": test}
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hyperfunc.files import CHECKPOINT_ENDINGS, write_bytes
+from hyperfunc.files import CHECKPOINT_ENDINGS, free_number, numbered, write_bytes
 from hyperfunc.flags import check_ranges, parse_value
 
 MOST_RUNS = 100_000
@@ -236,6 +236,32 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return [shown[0], "| " + " | ".join("-" * width for width in widths) + " |", *shown[1:]]
 
 
+def clear_table(path: Path, *, keep: bool) -> list[Path]:
+    """Takes path.json and path.md away, so that no older table stands beside newer checkpoints.
+
+    Args:
+        path: As of `write_table`.
+        keep: Gives them the next free number instead, as in run.1.population.json.
+
+    Returns:
+        The new names.
+
+    Raises:
+        OSError: That cannot be done.
+    """
+    old = [file for file in _files(path) if file.exists()]
+    if not keep:
+        for file in old:
+            file.unlink()
+        return []
+    number = free_number(*_files(path))
+    return [file.rename(numbered(file, number)) for file in old]
+
+
+def _files(path: Path) -> tuple[Path, Path]:
+    return path.with_name(path.name + ".json"), path.with_name(path.name + ".md")
+
+
 def write_table(path: Path, results: Sequence[Result]) -> None:
     """Writes path.json and path.md, where nan is null.
 
@@ -249,5 +275,6 @@ def write_table(path: Path, results: Sequence[Result]) -> None:
     table = [line._asdict() | {"last": numbers(line.last), "best": numbers(line.best)} for line in lines(results)]
     content = {"table": table, "runs": [result._asdict() for result in results]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path.with_name(path.name + ".json"), json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
-    write_bytes(path.with_name(path.name + ".md"), markdown(results).encode())
+    as_json, as_markdown = _files(path)
+    write_bytes(as_json, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+    write_bytes(as_markdown, markdown(results).encode())

@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import signal
+import socket
 import statistics
 import weakref
 from pathlib import Path
@@ -20,6 +21,7 @@ from helpers import (
     names_in,
     run_train,
     small,
+    start_train,
 )
 
 import hyperfunc as hf
@@ -444,6 +446,78 @@ def test_ranks_take_shares_of_the_runs_and_a_signal_ends_all(folder: Path, tmp_p
     code, output, _ = interrupt_train(*flags, cwd=tmp_path, after="seed1  epoch 2/60", number=signal.SIGTERM)
     assert code == 143, output
     assert all(checkpoint.load(tmp_path / f"two.seed{seed}.pth").notes["progress"]["epoch"] for seed in (0, 1))
+
+
+def two_ranks(first: list[str], second: list[str], cwd: Path) -> str:
+    """What two ranks write that are started one by one, each with flags of its own, and end with exit code 1."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    started = [
+        start_train(*flags, cwd=cwd, env={**address, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, flags in enumerate((first, second))
+    ]
+    outputs = [process.communicate(timeout=60)[0] for process in started]
+    assert [process.returncode for process in started] == [1, 1], outputs
+    return "".join(outputs)
+
+
+@pytest.mark.slow
+def test_ranks_with_other_flags_do_not_begin(folder: Path, tmp_path: Path) -> None:
+    flags = small(folder, "--epochs", "1", "--timeout", "10", "--checkpoint-path", "run.pth")
+    output = two_ranks([*flags, "--seeds", "0,1"], [*flags, "--seeds", "2,3"], tmp_path)
+    assert "train.py: the ranks are not equal: rank 1 differs from rank 0 in --seeds\n" in output
+    for name, rates in (("g.json", [0.1, 0.2]), ("h.json", [0.1, 0.3])):
+        (tmp_path / name).write_text(json.dumps({"lr": rates}))
+    output = two_ranks([*flags, "--sweep", "g.json"], [*flags, "--sweep", "h.json"], tmp_path)
+    assert "train.py: the ranks are not equal: rank 1 differs from rank 0 in the runs\n" in output
+    assert names_in(tmp_path) == ["g.json", "h.json"]
+
+
+@pytest.mark.slow
+def test_ranks_with_other_pictures_have_no_table_in_common(folder: Path, tmp_path: Path) -> None:
+    other = make_folder(tmp_path / "other", test=7)
+    flags = small(folder, "--epochs", "1", "--val-size", "4", "--timeout", "10", "--seeds", "0,1")
+    output = two_ranks(flags, [*flags, "--data-dir", str(other)], tmp_path)
+    assert "the ranks are not equal: rank 1 differs from rank 0 in the pictures to test of folder; each run" in output
+    assert not list(tmp_path.glob("*.population.*"))
+    assert len(list(tmp_path.glob("*.seed*.pth"))) == 2
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_rank_without_a_run_as_well(folder: Path, tmp_path: Path) -> None:
+    flags = small(folder, "--epochs", "500", "--seeds", "0,1", "--seeds-per-step", "2", "--checkpoint-path", "run.pth")
+    code, output, seconds = interrupt_train(
+        *flags, "--devices", "cpu:2", cwd=tmp_path, after="seed1  epoch 2/500", number=signal.SIGTERM
+    )
+    assert code == 143, output
+    assert seconds < 20
+    assert output.count("go on with --resume") == 2
+
+
+def test_a_table_of_earlier_runs_is_kept_as_their_checkpoints_are(
+    folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = small(folder, "--seeds", "0", "--checkpoint-path", "run.pth")
+    assert run_here(*flags, "--epochs", "1").returncode == 0
+    old = (tmp_path / "run.population.md").read_bytes()
+    done = run_here(*flags, "--epochs", "1")
+    assert f"kept a table of earlier runs as {tmp_path}/run.1.population.md" in done.stdout
+    tables = [f"run{number}.population.{ending}" for number in (".1", "") for ending in ("json", "md")]
+    assert [name for name in names_in(tmp_path) if "population" in name] == tables
+    assert (tmp_path / "run.1.population.md").read_bytes() == old
+    # The table of what is taken up again is not kept: its checkpoints are about to be written over.
+    begin = train.train
+    meanwhile: list[bool] = []
+
+    def look(*arguments: Any) -> Any:
+        meanwhile.extend((tmp_path / name).exists() for name in tables[2:])
+        return begin(*arguments)
+
+    monkeypatch.setattr(train, "train", look)
+    assert run_here(*flags, "--epochs", "2", "--resume").returncode == 0
+    assert meanwhile == [False, False]
+    assert [name for name in names_in(tmp_path) if "population" in name] == tables
 
 
 def test_a_table_has_one_writer(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
