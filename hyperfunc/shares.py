@@ -187,8 +187,18 @@ def _carry_out_group(
                 progress.history[epoch - 1]["test/accuracy"] for epoch in (progress.epoch, progress.best_epoch)
             )
             not_saved = "" if end != EXIT_FAILED else "not saved"
-            results.append(failed._replace(last=last, best=best, best_epoch=progress.best_epoch, failed=not_saved))
+            done = failed._replace(last=last, best=best, best_epoch=progress.best_epoch, failed=not_saved)
+            results.append(done._replace(rescheduled=_rescheduled(runs[index])))
     return results, {name: found for run in runs.values() for name, found in _digests(run).items()}
+
+
+def _rescheduled(run: Run) -> int:
+    """The last epoch that ended on another learning rate than the flags give it."""
+    for row in reversed(run.progress.history):
+        rate = float(run.optimizer.learning_rate(torch.tensor(int(row["step"]) - 1)))
+        if not math.isclose(rate, row["learning_rate"], rel_tol=1e-4, abs_tol=1e-4 * run.config.lr):
+            return int(row["epoch"])
+    return 0
 
 
 def _digests(run: Run) -> dict[str, str]:

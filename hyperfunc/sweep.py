@@ -151,6 +151,8 @@ class Result(NamedTuple):
         best_epoch: Its number; 0 as for `last`.
         failed: Why it failed, or empty.
         chosen_by: What pictures the best epoch was chosen by.
+        rescheduled: The last epoch with another learning rate than a run with these flags has in it, because
+            `--epochs` was another then; 0 where there is none.
     """
 
     flags: Flags
@@ -160,6 +162,7 @@ class Result(NamedTuple):
     best_epoch: int
     failed: str = ""
     chosen_by: str = ""
+    rescheduled: int = 0
 
 
 class Line(NamedTuple):
@@ -217,7 +220,12 @@ def markdown(results: Sequence[Result]) -> str:
         numbers = ("-" if value is None else f"{value:.2f} %" for value in (result.last, result.best))
         epoch = str(result.best_epoch) if not result.failed else "failed"
         single.append([_readable(result.flags), *numbers, epoch, result.checkpoint])
-    return "\n".join([*_table(rows), "", f"{note}.", "", *_table(single)]) + "\n"
+    footnotes = [
+        f"{_readable(result.flags)}: up to epoch {result.rescheduled} it had the learning rates of another --epochs."
+        for result in results
+        if result.rescheduled
+    ]
+    return "\n".join([*_table(rows), "", f"{note}.", "", *_table(single), *[""] * bool(footnotes), *footnotes]) + "\n"
 
 
 def _mean_text(mean: float, std: float) -> str:

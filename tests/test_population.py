@@ -520,6 +520,18 @@ def test_a_table_of_earlier_runs_is_kept_as_their_checkpoints_are(
     assert [name for name in names_in(tmp_path) if "population" in name] == tables
 
 
+def test_the_table_says_which_runs_had_another_schedule(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    flags = small(folder, "--checkpoint-path", "run.pth")
+    assert run_here(*flags, "--epochs", "2", "--seeds", "0").returncode == 0
+    done = run_here(*flags, "--epochs", "4", "--seeds", "0,1", "--resume")
+    assert done.stdout.endswith("\n\nseed 0: up to epoch 2 it had the learning rates of another --epochs.\n")
+    assert done.stdout.count("another --epochs") == 1
+    assert [row["rescheduled"] for row in results(tmp_path / "run.population.json")] == [2, 0]
+    # Also when it is all over, and the checkpoint was written under these flags.
+    again = run_here(*flags, "--epochs", "4", "--seeds", "0,1", "--resume")
+    assert again.stdout.count("up to epoch 2 it had") == 1
+
+
 def test_a_table_has_one_writer(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
     with hf.files.lock_for(tmp_path / "run.population"):
         done = run_here(*small(folder, "--seeds", "0,1", "--checkpoint-path", "run.pth"))
