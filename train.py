@@ -132,7 +132,8 @@ def start_ranks(config: Config, argv: Sequence[str] | None, printer: Printer) ->
         printer.warn(f"train.py: {one_line(error)}")
         return EXIT_BAD_INPUT
     given = sys.argv[1:] if argv is None else argv
-    return launch.launch(os.path.abspath(__file__), given, count, max_restarts=config.max_restarts)
+    start = partial(launch.launch, os.path.abspath(__file__), given, count, max_restarts=config.max_restarts)
+    return shares.launch(config, start) if is_population else start()
 
 
 def farewell(number: int, config: Config) -> str:

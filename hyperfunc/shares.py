@@ -26,6 +26,9 @@ from hyperfunc.population import FIRST_SIGNAL
 from hyperfunc.run import Run, flags_to_compare
 from hyperfunc.run_file import locked, locked_file
 
+_FAILURES_ARE_READ = "HYPERFUNC_FAILURES_ARE_READ"
+"""In the environment of ranks whose launcher looks into their table."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -65,8 +68,7 @@ def carry_out(
             writing to the same table. Nothing has begun.
         OSError: The table cannot be written.
     """
-    members = runs_of(config)
-    table = beside(Path(config.checkpoint_path).resolve(), ".population")
+    members, table = runs_of(config), _table_of(config)
     with locked_file(table, ranks):
         at_once = config.seeds_per_step
         if not at_once:
@@ -88,6 +90,28 @@ def carry_out(
                 printer.say(line)
             sweep.write_table(table, results)
     return code
+
+
+def launch(config: Config, start: Callable[[], int]) -> int:
+    """Starts ranks that each `carry_out` a population, and returns the exit code of it all.
+
+    To a launcher a rank that fails is one to start again; but a run that diverged would only do so again. So these
+    ranks end well in spite of it, and whether a run has failed is read from their table.
+
+    Args:
+        config: The flags.
+        start: Runs the ranks, which get this process's environment, to their end; returns their exit code.
+    """
+    os.environ[_FAILURES_ARE_READ] = "1"
+    try:
+        code = start()
+    finally:
+        del os.environ[_FAILURES_ARE_READ]
+    return EXIT_FAILED if code == 0 and sweep.any_failed(_table_of(config)) else code
+
+
+def _table_of(config: Config) -> Path:
+    return beside(Path(config.checkpoint_path).resolve(), ".population")
 
 
 def _clear_table(table: Path, config: Config, ranks: Ranks, printer: Printer) -> None:
@@ -119,7 +143,8 @@ def _carry_out_share(
             results += found
             pictures |= own_pictures
     number = own.agree(interrupts.received)
-    code = EXIT_FAILED if any(result.failed for result in results) else 0
+    spared = (result.diverged and _FAILURES_ARE_READ in os.environ for result in results if result.failed)
+    code = 0 if all(spared) else EXIT_FAILED
     code = code if number is None else FIRST_SIGNAL + number
     gathered = [json.loads(text) for text in ranks.gather(json.dumps([code, results, pictures]))]
     _check_pictures([digests for _, _, digests in gathered])
@@ -181,7 +206,7 @@ def _carry_out_group(
         failed = sweep.Result(flags, config.checkpoint_path, None, None, 0, str(end), chosen_by)
         if not isinstance(end, int):
             speakers[index].warn(f"failed: {end}")
-            results.append(failed)
+            results.append(failed._replace(diverged=isinstance(end, FloatingPointError)))
         elif (progress := runs[index].progress).epoch >= config.epochs:
             last, best = (
                 progress.history[epoch - 1]["test/accuracy"] for epoch in (progress.epoch, progress.best_epoch)

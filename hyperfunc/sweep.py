@@ -153,6 +153,7 @@ class Result(NamedTuple):
         chosen_by: What pictures the best epoch was chosen by.
         rescheduled: The last epoch with another learning rate than a run with these flags has in it, because
             `--epochs` was another then; 0 where there is none.
+        diverged: Whether it failed of a number that is not finite, and so would again.
     """
 
     flags: Flags
@@ -163,6 +164,7 @@ class Result(NamedTuple):
     failed: str = ""
     chosen_by: str = ""
     rescheduled: int = 0
+    diverged: bool = False
 
 
 class Line(NamedTuple):
@@ -268,6 +270,16 @@ def clear_table(path: Path, *, keep: bool) -> list[Path]:
 
 def _files(path: Path) -> tuple[Path, Path]:
     return path.with_name(path.name + ".json"), path.with_name(path.name + ".md")
+
+
+def any_failed(path: Path) -> bool:
+    """Whether a run has failed by the table that `write_table` wrote there.
+
+    Raises:
+        OSError: There is none.
+    """
+    content = json.loads(_files(path)[0].read_text(encoding="utf-8"))
+    return any(run["failed"] for run in content["runs"])
 
 
 def write_table(path: Path, results: Sequence[Result]) -> None:

@@ -485,6 +485,16 @@ def test_ranks_with_other_pictures_have_no_table_in_common(folder: Path, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_run_that_diverged_is_not_tried_again(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "g.json").write_text('{"lr": [0.002, 1e9], "epochs": [1]}')
+    flags = small(folder, "--sweep", "g.json", "--devices", "cpu:2", "--max-restarts", "2")
+    done = run_train(*flags, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("lr1000000000.0.epochs1.seed0  failed: ") == 1
+    assert done.stdout.count("Mean ± sample") == 1
+
+
+@pytest.mark.slow
 def test_a_signal_ends_a_rank_without_a_run_as_well(folder: Path, tmp_path: Path) -> None:
     flags = small(folder, "--epochs", "500", "--seeds", "0,1", "--seeds-per-step", "2", "--checkpoint-path", "run.pth")
     code, output, seconds = interrupt_train(
