@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,8 +65,8 @@ def carry_out(
         printer: For lines about single runs, each with its name before it, and for the table.
 
     Raises:
-        ValueError: A flag is not what it should be, a checkpoint is not what `--resume` asks for, or another process is
-            writing to the same table. Nothing has begun.
+        ValueError: A flag is not what it should be, a checkpoint is not what `--resume` asks for, another process is
+            writing to the same table, or no run could begin, all for one reason. Nothing has begun.
         OSError: The table cannot be written.
     """
     members, table = runs_of(config), _table_of(config)
@@ -80,16 +81,23 @@ def carry_out(
         # None goes on before all know that their runs are as they should be, and are runs of one population.
         kinds = {"the runs": [sweep.name_of(flags) for flags, _ in members], "the runs in one step": at_once}
         ranks.compare({}, {**flags_to_compare(config), "--sweep": ""} | kinds)
-        if ranks.rank == 0:
-            _clear_table(table, config, ranks, printer)
-        code, results = _carry_out_share(program, share, ranks, device, interrupts, printer)
+        make_room = partial(_clear_table, table, config, ranks, printer) if ranks.rank == 0 else _do_nothing
+        code, results, has_begun = _carry_out_share(program, share, ranks, device, interrupts, printer, make_room)
+        reasons = {result.failed for result in results}
+        if not has_begun and len(results) == len(members) and len(reasons) == 1:
+            raise ValueError(reasons.pop())  # as of a single run: wrong data, say, is not the fault of each
         if ranks.rank == 0 and len(results) == len(members):
             order = {member.checkpoint_path: place for place, (_, member) in enumerate(members)}
             results.sort(key=lambda result: order[result.checkpoint])
             for line in ["", *sweep.markdown(results).splitlines()]:
                 printer.say(line)
+            make_room()  # where no run of this rank has begun
             sweep.write_table(table, results)
     return code
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def launch(config: Config, start: Callable[[], int]) -> int:
@@ -129,9 +137,13 @@ def _carry_out_share(
     device: torch.device,
     interrupts: Interrupts,
     printer: Printer,
-) -> tuple[int, list[sweep.Result]]:
-    """Trains this rank's share of all runs, in groups; returns the exit code and, of the runs of all ranks, what came
-    out of those that are over."""
+    make_room: Callable[[], None],
+) -> tuple[int, list[sweep.Result], bool]:
+    """Trains this rank's share of all runs, in groups, after `make_room`.
+
+    Returns:
+        The exit code; what came out of those runs of all ranks that are over; and whether any of them has begun.
+    """
     own = Apart(ranks)
     results: list[sweep.Result] = []
     pictures: dict[str, str] = {}
@@ -139,7 +151,7 @@ def _carry_out_share(
         interrupts.defer()  # the others save theirs, and this rank waits for them
     for group in share:
         if own.agree(interrupts.received) is None:
-            found, own_pictures = _carry_out_group(program, group, own, device, interrupts, printer)
+            found, own_pictures = _carry_out_group(program, group, own, device, interrupts, printer, make_room)
             results += found
             pictures |= own_pictures
     number = own.agree(interrupts.received)
@@ -148,8 +160,9 @@ def _carry_out_share(
     code = code if number is None else FIRST_SIGNAL + number
     gathered = [json.loads(text) for text in ranks.gather(json.dumps([code, results, pictures]))]
     _check_pictures([digests for _, _, digests in gathered])
+    has_begun = any(digests for _, _, digests in gathered)
     every = [sweep.Result(*row) for _, rows, _ in gathered for row in rows]
-    return max(code for code, _, _ in gathered), every
+    return max(code for code, _, _ in gathered), every, has_begun
 
 
 def _check_pictures(digests: Sequence[Mapping[str, str]]) -> None:
@@ -176,6 +189,7 @@ def _carry_out_group(
     device: torch.device,
     interrupts: Interrupts,
     printer: Printer,
+    make_room: Callable[[], None],
 ) -> tuple[list[sweep.Result], dict[str, str]]:
     """Trains runs in one step; returns what came out of those that are over, and `_digests` of their pictures."""
     # Dynamo counts what it compiles by the code alone, and gives up after eight times.
@@ -192,6 +206,8 @@ def _carry_out_group(
                 runs[index] = program.set_up(config, ranks, device, speaker, like)
             speaker.quiet = printer.quiet
         interrupts.defer()
+        if runs:
+            make_room()
         for indices in _at_one_step(runs):
             together = [runs[index] for index in indices]
             with _noting_failure(ends, indices):

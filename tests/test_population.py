@@ -505,6 +505,20 @@ def test_a_signal_ends_a_rank_without_a_run_as_well(folder: Path, tmp_path: Path
     assert output.count("go on with --resume") == 2
 
 
+def test_what_is_wrong_for_all_runs_ends_as_a_single_run_does(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    flags = small(folder, "--seeds", "0,1", "--checkpoint-path", "run.pth")
+    assert run_here(*flags, "--epochs", "1").returncode == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for wrong, message in (
+        (["--data-dir", "nowhere"], "train.py: data_dir: there is no folder 'nowhere'"),
+        (["--batch-size", "64"], "train.py: --batch-size: got 64, expected at most the 24 training pictures"),
+    ):
+        done = run_here(*flags, *wrong)
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith(message)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_table_of_earlier_runs_is_kept_as_their_checkpoints_are(
     folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
