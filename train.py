@@ -40,6 +40,7 @@ from torch import Tensor
 
 from hyperfunc import (
     capture,
+    checkpoint,
     data,
     distributed,
     launch,
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ) as ranks:
                 interrupts.leave_word = ranks.withdraw
                 if apart:
-                    program = shares.Program(set_up, start_engine, partial(carry_out, paints=False))
+                    program = shares.Program(check, set_up, start_engine, partial(carry_out, paints=False))
                     return shares.carry_out(program, config, ranks, device, interrupts, printer)
                 with run_file.locked(config, ranks):
                     speaker = printer if ranks.rank == 0 else Printer(mute=True)
@@ -140,7 +141,8 @@ def start_ranks(config: Config, argv: Sequence[str] | None, printer: Printer) ->
         return EXIT_BAD_INPUT
     given = sys.argv[1:] if argv is None else argv
     program = os.path.abspath(__file__)
-    return launch.launch(program, given, count, max_restarts=config.max_restarts, say=say_at_end)
+    start = partial(launch.launch, program, given, count, max_restarts=config.max_restarts, say=say_at_end)
+    return shares.launch(config, start) if is_population else start()
 
 
 def farewell(number: int, config: Config) -> str:
@@ -183,6 +185,27 @@ def choose_device(config: Config) -> torch.device:
     return devices[index]
 
 
+def check(
+    config: Config, ranks: distributed.Ranks, device: torch.device
+) -> tuple[precision.Precision, checkpoint.Checkpoint | None]:
+    """What can be known to be wrong before the data is read, which may take minutes.
+
+    Returns:
+        The precision, and the checkpoint to go on from.
+
+    Raises:
+        ValueError: Something is.
+    """
+    launch.check_batch_size(config.batch_size, ranks.world)
+    if "graph" in config.engine and device.type != "cuda":
+        raise ValueError(f"--engine: got {config.engine}, which needs a GPU; on the CPU there is eager and compiled")
+    number_format = precision.choose(config.precision, device)
+    previous = run_file.find(config, ranks)
+    if ranks.rank == 0:
+        run_file.check_writable(Path(config.checkpoint_path))
+    return number_format, previous
+
+
 def set_up(
     config: Config, ranks: distributed.Ranks, device: torch.device, printer: Printer, like: Run | None = None
 ) -> Run:
@@ -195,17 +218,10 @@ def set_up(
         printer: For the lines about it.
         like: A run of other seed on that device: what does not depend on the seed is shared with it.
     """
-    launch.check_batch_size(config.batch_size, ranks.world)
-    if "graph" in config.engine and device.type != "cuda":
-        raise ValueError(f"--engine: got {config.engine}, which needs a GPU; on the CPU there is eager and compiled")
-    number_format = precision.choose(config.precision, device)
+    number_format, previous = check(config, ranks, device)
     precision.set_float32_products(number_format)
     several = f", {ranks.world} ranks" if ranks.world > 1 else ""
     printer.say(f"device       {describe_device(device)}, torch {torch.__version__}{several}")
-    # Read before the data, which may take minutes: what is wrong with it should be known at once.
-    previous = run_file.find(config, ranks)
-    if ranks.rank == 0:
-        run_file.check_writable(Path(config.checkpoint_path))
 
     # Which pictures are held out or left out is the seed's to say.
     if like is not None and not (config.val_size or config.train_size):
@@ -281,9 +297,11 @@ def make_step(members: Sequence[Run]) -> training.Step:
         return population.map_step(training.make_train_step(run.model, run.optimizer, load=load, **run.objective))
     whole = data.make_train_load(tree.to(run.dataset.train, run.device), run.normalization)
 
+    ranks = run.ranks  # and not the run, which would hold itself then, and its memory until Python looks for that
+
     def part(draw: data.Draw) -> tuple[Tensor, Tensor]:
         # A rank takes its part in here, so that compiled and captured steps see the same batches on all ranks.
-        return whole(run.ranks.part(draw))
+        return whole(ranks.part(draw))
 
     run.load = part
     return training.make_train_step(run.model, run.optimizer, load=part, **run.objective)

@@ -95,12 +95,14 @@ class Config:
         "a run for each seed, with its own checkpoint (run.seed3.pth), and a table of all; spread over the devices",
         metavar="0,1,2",
         check=sweep.parse_seeds,
+        may_be_empty=False,
     )
     sweep: str = option(
         "",
         "population",
         'a JSON file of flags with lists of values, {"lr": [0.001, 0.002], "seed": [0, 1]}: a run for each combination',
         metavar="FILE",
+        may_be_empty=False,
     )
     seeds_per_step: int = option(
         0,

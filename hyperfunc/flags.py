@@ -23,6 +23,7 @@ def option(
     shapes: bool = False,
     metavar: str | None = None,
     check: Callable[[Any], object] | None = None,
+    may_be_empty: bool = True,
 ) -> Any:
     """A field of a configuration: its default, its group and text in the help, its range.
 
@@ -35,9 +36,12 @@ def option(
         shapes: Whether it shapes the result of a run, and therefore may not change when the run is resumed.
         metavar: What the help shows in the place of the value.
         check: Raises a ValueError for a value that is not allowed.
+        may_be_empty: Whether an empty text may be given, which is what a shell makes of a variable that is not set; an
+            empty default only says that the flag is not there.
     """
     metadata = {"group": group, "text": text, "at_least": at_least, "at_most": at_most, "shapes": shapes}
-    return dataclasses.field(default=default, metadata=metadata | {"metavar": metavar, "check": check})
+    metadata |= {"metavar": metavar, "check": check, "may_be_empty": may_be_empty}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,12 +120,16 @@ def _read(parser: argparse.ArgumentParser, kind: type[Config], argv: Sequence[st
             groups[name].add_argument(*names, choices=get_args(item.type), default=item.default, help=text)
         else:
             metavar = item.metadata["metavar"] or {int: "N", float: "X"}.get(item.type, "TEXT")
-            groups[name].add_argument(*names, type=item.type, default=item.default, metavar=metavar, help=text)
+            default = item.default if item.metadata["may_be_empty"] else argparse.SUPPRESS
+            groups[name].add_argument(*names, type=item.type, default=default, metavar=metavar, help=text)
     namespace, unknown = parser.parse_known_args([_with_dashes(argument) for argument in argv])
     if unknown:
         flags = [name for action in parser._actions for name in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
         parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    for item in _fields(kind):
+        if not item.metadata["may_be_empty"] and getattr(namespace, item.name, None) == "":
+            parser.error(f"{flag(item.name)}: got an empty text, as of a variable that is not set; leave the flag away")
     return kind(**vars(namespace))
 
 

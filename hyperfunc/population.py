@@ -105,7 +105,9 @@ def in_step(members: Sequence[Member], step: Step, states: Sequence[TrainState])
         except StopIteration as stop:
             ends[index] = stop.value
         except FloatingPointError as error:
-            ends[index] = error
+            # Its traceback, and that of its context, would hold the frames of the member, and so all that it has.
+            error.__context__ = error.__cause__ = None
+            ends[index] = error.with_traceback(None)
 
     try:
         for index in range(len(members)):

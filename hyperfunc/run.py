@@ -11,6 +11,7 @@ import torch
 
 from hyperfunc import data, distributed, optim, training, tree
 from hyperfunc.config import Config
+from hyperfunc.flags import flag
 from hyperfunc.model import BatchStats, Model, Params
 from hyperfunc.precision import Precision
 from hyperfunc.training import Metrics, TrainState
@@ -95,9 +96,13 @@ class Run:
 
 def notes_to_compare(run: Run) -> dict[str, Any]:
     """What else has to be the same on all ranks: the pictures, and the flags that decide what a rank does when."""
+    return {"the data": run.data_digest} | flags_to_compare(run.config)
+
+
+def flags_to_compare(config: Config) -> dict[str, Any]:
+    """The flags that have to be the same on all ranks."""
     own = ("data_dir", "device", "devices", "quiet", "timeout")
-    flags = {f"--{name.replace('_', '-')}": v for name, v in dataclasses.asdict(run.config).items() if name not in own}
-    return {"the data": run.data_digest} | flags
+    return {flag(name): value for name, value in dataclasses.asdict(config).items() if name not in own}
 
 
 def no_metrics(device: torch.device) -> Metrics:

@@ -10,8 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hyperfunc.files import CHECKPOINT_ENDINGS, write_bytes
+from hyperfunc.files import CHECKPOINT_ENDINGS, free_number, numbered, write_bytes
 from hyperfunc.flags import check_ranges, parse_value
+
+MOST_RUNS = 100_000
+"""Of a population: each is checked and named before the first one begins, which takes seconds for so many."""
 
 Flags = dict[str, Any]
 """Values by the name of their field, as in {"lr": 0.001, "seed": 3}."""
@@ -109,6 +112,10 @@ def expand(config: Any, allowed: Sequence[str], check: Callable[[Any], None]) ->
         given = read_grid(config.sweep, allowed) if config.sweep else {}
         if config.seeds and "seed" in given:
             raise ValueError("has seeds, and so does --seeds; leave one of them away")
+        count = math.prod(map(len, (grid | given).values()))
+        if count > MOST_RUNS:
+            flag = "" if config.sweep else "--seeds: "
+            raise ValueError(f"{flag}asks for {count:,} runs, expected at most {MOST_RUNS:,}")
         grid |= {name: [parse_value(type(config), name, value) for value in given[name]] for name in given}
         if "seed" in grid and config.seed != 0:
             raise ValueError(f"--seed: got {config.seed} beside other seeds; leave one of them away")
@@ -143,6 +150,10 @@ class Result(NamedTuple):
         best: Test accuracy of the epoch that was chosen as the best, in percent; None as for `last`.
         best_epoch: Its number; 0 as for `last`.
         failed: Why it failed, or empty.
+        chosen_by: What pictures the best epoch was chosen by.
+        rescheduled: The last epoch with another learning rate than a run with these flags has in it, because
+            `--epochs` was another then; 0 where there is none.
+        diverged: Whether it failed of a number that is not finite, and so would again.
     """
 
     flags: Flags
@@ -151,6 +162,9 @@ class Result(NamedTuple):
     best: float | None
     best_epoch: int
     failed: str = ""
+    chosen_by: str = ""
+    rescheduled: int = 0
+    diverged: bool = False
 
 
 class Line(NamedTuple):
@@ -164,6 +178,7 @@ class Line(NamedTuple):
     last: tuple[float, float]
     best: tuple[float, float]
     failed: int
+    chosen_by: str
 
 
 def lines(results: Sequence[Result]) -> list[Line]:
@@ -175,7 +190,8 @@ def lines(results: Sequence[Result]) -> list[Line]:
     for group in groups.values():
         done = [result for result in group if not result.failed]
         last, best = (_mean_and_std([getattr(r, column) for r in done]) for column in ("last", "best"))
-        found.append(Line(_without_seed(group[0].flags), len(done), last, best, len(group) - len(done)))
+        flags, failed = _without_seed(group[0].flags), len(group) - len(done)
+        found.append(Line(flags, len(done), last, best, failed, group[0].chosen_by))
     return found
 
 
@@ -188,24 +204,30 @@ def _mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     return mean, statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def markdown(results: Sequence[Result], chosen_by: str) -> str:
-    """The table of `lines`, and one of the single runs.
-
-    Args:
-        results: Of all runs.
-        chosen_by: What pictures the best epochs were chosen by.
-    """
+def markdown(results: Sequence[Result]) -> str:
+    """The table of `lines`, and one of the single runs."""
     rows = [["runs", "n", "failed", "test accuracy, last epoch", "test accuracy, best epoch"]]
+    note = "Mean ± sample standard deviation over n runs"
+    choices = list(dict.fromkeys(result.chosen_by for result in results))
+    if len(choices) == 1:
+        note += f"; the best epoch was chosen by {choices[0]}"
+    else:
+        rows[0].append("best epoch chosen by")
     for line in lines(results):
         shown = (_mean_text(*pair) for pair in (line.last, line.best))
-        rows.append([_readable(line.flags) or "all", str(line.n), str(line.failed), *shown])
+        chosen_by = [line.chosen_by] if len(choices) > 1 else []
+        rows.append([_readable(line.flags) or "all", str(line.n), str(line.failed), *shown, *chosen_by])
     single = [["run", "last epoch", "best epoch", "epoch", "checkpoint"]]
     for result in results:
         numbers = ("-" if value is None else f"{value:.2f} %" for value in (result.last, result.best))
         epoch = str(result.best_epoch) if not result.failed else "failed"
         single.append([_readable(result.flags), *numbers, epoch, result.checkpoint])
-    note = f"Mean ± sample standard deviation over n runs; the best epoch was chosen by {chosen_by}."
-    return "\n".join([*_table(rows), "", note, "", *_table(single)]) + "\n"
+    footnotes = [
+        f"{_readable(result.flags)}: up to epoch {result.rescheduled} it had the learning rates of another --epochs."
+        for result in results
+        if result.rescheduled
+    ]
+    return "\n".join([*_table(rows), "", f"{note}.", "", *_table(single), *[""] * bool(footnotes), *footnotes]) + "\n"
 
 
 def _mean_text(mean: float, std: float) -> str:
@@ -224,7 +246,43 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return [shown[0], "| " + " | ".join("-" * width for width in widths) + " |", *shown[1:]]
 
 
-def write_table(path: Path, results: Sequence[Result], chosen_by: str) -> None:
+def clear_table(path: Path, *, keep: bool) -> list[Path]:
+    """Takes path.json and path.md away, so that no older table stands beside newer checkpoints.
+
+    Args:
+        path: As of `write_table`.
+        keep: Gives them the next free number instead, as in run.1.population.json.
+
+    Returns:
+        The new names.
+
+    Raises:
+        OSError: That cannot be done.
+    """
+    old = [file for file in _files(path) if file.exists()]
+    if not keep:
+        for file in old:
+            file.unlink()
+        return []
+    number = free_number(*_files(path))
+    return [file.rename(numbered(file, number)) for file in old]
+
+
+def _files(path: Path) -> tuple[Path, Path]:
+    return path.with_name(path.name + ".json"), path.with_name(path.name + ".md")
+
+
+def any_failed(path: Path) -> bool:
+    """Whether a run has failed by the table that `write_table` wrote there.
+
+    Raises:
+        OSError: There is none.
+    """
+    content = json.loads(_files(path)[0].read_text(encoding="utf-8"))
+    return any(run["failed"] for run in content["runs"])
+
+
+def write_table(path: Path, results: Sequence[Result]) -> None:
     """Writes path.json and path.md, where nan is null.
 
     Raises:
@@ -235,7 +293,8 @@ def write_table(path: Path, results: Sequence[Result], chosen_by: str) -> None:
         return {key: None if math.isnan(x) else x for key, x in zip(("mean", "std"), pair, strict=True)}
 
     table = [line._asdict() | {"last": numbers(line.last), "best": numbers(line.best)} for line in lines(results)]
-    content = {"best_chosen_by": chosen_by, "table": table, "runs": [result._asdict() for result in results]}
+    content = {"table": table, "runs": [result._asdict() for result in results]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path.with_name(path.name + ".json"), json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
-    write_bytes(path.with_name(path.name + ".md"), markdown(results, chosen_by).encode())
+    as_json, as_markdown = _files(path)
+    write_bytes(as_json, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+    write_bytes(as_markdown, markdown(results).encode())

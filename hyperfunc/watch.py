@@ -143,6 +143,7 @@ class Watch:
         self._moved: dict[int, tuple[int, int]] = dict.fromkeys(watched, (0, 0))
         self._quiet: dict[int, int] = {}
         self._standstill: tuple[list[str], int] = [], 0
+        self._gathered = 0
         self._stopping = threading.Event()
         self._judged: int | None = None
         self._lingers = False
@@ -208,33 +209,37 @@ class Watch:
     def gather(self, value: str) -> list[str]:
         """What every rank gives; waits until all have come here, for however long they have work of their own.
 
+        Called by all ranks equally often.
+
         After a signal only for those that live: what they give is all there is, if it was the signal that ended the
         others before they had begun.
 
         Raises:
             RankLost: Another rank was lost after a signal.
         """
-        self._store.set(f"gathered/{self._rank}", value)
-        while not self._store.check(["gathered/by"]):
+        self._gathered += 1
+        key = f"gathered/{self._gathered}"
+        self._store.set(f"{key}/{self._rank}", value)
+        while not self._store.check([f"{key}/by"]):
             if (code := self._verdict()) is not None:
                 raise Told(code)
             if self._rank == 0:
-                self._close_gathering()
+                self._close_gathering(key)
             elif lost := self._lost():
                 raise RankLost(self._silent_line(lost))
             time.sleep(self.interval)
-        present = self._store.get("gathered/by").decode().split()
-        return [self._store.get(f"gathered/{rank}").decode() for rank in present]
+        present = self._store.get(f"{key}/by").decode().split()
+        return [self._store.get(f"{key}/{rank}").decode() for rank in present]
 
-    def _close_gathering(self) -> None:
+    def _close_gathering(self, key: str) -> None:
         """Says whose values are all that there will be, as soon as nobody else is to be waited for."""
-        present = [rank for rank in range(self._world) if self._have("gathered", [rank])]
+        present = [rank for rank in range(self._world) if self._have(key, [rank])]
         lost = self._lost()
         if set(present) | set(lost) != set(range(self._world)):
             return
         if unexplained := {rank: looks for rank, looks in lost.items() if not self._have("withdrawn", [rank])}:
             raise RankLost(self._silent_line(unexplained))
-        self._store.set("gathered/by", " ".join(map(str, present)))
+        self._store.set(f"{key}/by", " ".join(map(str, present)))
 
     def withdraw(self) -> None:
         """Leaves word that a signal ends this process before it has begun; takes a moment, and no longer."""

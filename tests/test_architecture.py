@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "population": {"tree", "data", "interrupt", "training"},
     "sweep": {"files", "flags"},
     "config": {"flags", "hypernet", "launch", "precision", "residual", "tracking", "data", "training", "sweep"},
-    "run": {"tree", "distributed", "precision", "data", "optim", "model", "training", "config"},
+    "run": {"tree", "distributed", "precision", "data", "optim", "model", "training", "flags", "config"},
     "build": {"tree", "precision", "optim", "model", "config"},
     "report": {
         *("tree", "files", "_version", "console", "curves", "histogram", "journal", "tracking"),

@@ -4,7 +4,9 @@ import gc
 import json
 import math
 import signal
+import socket
 import statistics
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from helpers import (
     names_in,
     run_train,
     small,
+    start_train,
 )
 
 import hyperfunc as hf
@@ -107,6 +110,35 @@ def test_a_member_that_fails_leaves_the_others_as_they_are() -> None:
         assert_trees_equal(tree.named_leaves(runs[index].state), tree.named_leaves(whole[index].state))
 
 
+def test_a_member_that_fails_is_not_kept_in_memory() -> None:
+    class Large:
+        """Stands for what only the frame of a member holds."""
+
+    found: list[weakref.ref[Large]] = []
+
+    def run(single: Single, *, fails: bool) -> population.Member:
+        large = Large()
+        found.append(weakref.ref(large))
+        code = yield from single.run()
+        if fails:
+            try:
+                raise ValueError(large)
+            except ValueError:
+                raise FloatingPointError("diverged")  # noqa: B904
+        return code
+
+    runs = [Single(seed) for seed in range(2)]
+    gc.collect()
+    gc.disable()
+    try:
+        members = [run(one, fails=one.seed == 1) for one in runs]
+        ends = population.in_step(members, step_of(runs), [one.state for one in runs])
+        assert (ends[0], str(ends[1])) == (0, "diverged")
+        assert found[1]() is None
+    finally:
+        gc.enable()
+
+
 def test_all_members_stop_at_the_same_step() -> None:
     runs = [Single(seed) for seed in range(3)]
     members = [run.run(stops_at=2 if run.seed == 1 else None) for run in runs]
@@ -144,13 +176,25 @@ def test_the_table_has_mean_and_sample_deviation_of_those_that_came_to_an_end(tm
     assert first.best == (91.75, pytest.approx(statistics.stdev([91.0, 92.5])))
     assert second.n == 1
     assert math.isnan(second.last[1])
-    sweep.write_table(tmp_path / "run.population", results, "held-out pictures")
+    sweep.write_table(tmp_path / "run.population", results)
     content = json.loads((tmp_path / "run.population.json").read_text())
     assert content["table"][1]["last"] == {"mean": 10.0, "std": None}
     assert content["runs"][2]["failed"] == "not finite"
     shown = (tmp_path / "run.population.md").read_text()
     assert "| 91.00 ± 1.41 %" in shown
     assert "| 10.00 % " in shown
+
+
+def test_the_table_says_for_each_line_what_its_best_epoch_was_chosen_by() -> None:
+    results = [
+        sweep.Result({"val_size": size, "seed": 0}, "a.pth", 90.0, 91.0, 3, chosen_by=chosen_by)
+        for size, chosen_by in ((0, "the test set"), (8, "others"))
+    ]
+    header, _, first, second, *rest = sweep.markdown(results).splitlines()
+    assert header.endswith("| best epoch chosen by |")
+    assert [row.split("|")[-2].strip() for row in (first, second)] == ["the test set", "others"]
+    assert "Mean ± sample standard deviation over n runs." in rest
+    assert [line.chosen_by for line in sweep.lines(results)] == ["the test set", "others"]
 
 
 # The program
@@ -190,6 +234,8 @@ def test_a_sweep_is_checked_as_the_command_line_is(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--seeds", ""], "--seeds: got an empty text, as of a variable that is not set"),
+        (["--seeds", "1", "--sweep="], "--sweep: got an empty text, as of a variable that is not set"),
         (["--seeds", "0,"], "--seeds: got '0,', expected seeds with commas between"),
         (["--seeds", "1,1"], "--seeds: got '1,1', where a seed is given twice"),
         (["--seeds", "1,2", "--seed", "3"], "--seed: got 3 beside other seeds"),
@@ -203,6 +249,17 @@ def test_flags_that_do_not_go_together(
     run_here: RunHere, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     refused(run_here, capsys, flags, message)
+
+
+def test_too_many_runs_are_refused_before_they_are_counted_out(
+    tmp_path: Path, run_here: RunHere, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = [f"{number}e-5" for number in range(1, 401)]
+    (tmp_path / "g.json").write_text(json.dumps({"lr": rates, "seed": list(range(400)), "epochs": [1, 2]}))
+    message = "--sweep: g.json: asks for 320,000 runs, expected at most 100,000"
+    refused(run_here, capsys, ["--sweep", "g.json"], message)
+    seeds = ",".join(map(str, range(100_001)))
+    refused(run_here, capsys, ["--seeds", seeds], "--seeds: asks for 100,001 runs, expected at most 100,000")
 
 
 def refused(run_here: RunHere, capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
@@ -294,6 +351,7 @@ def test_stopped_and_resumed_is_as_if_undisturbed(folder: Path, tmp_path: Path, 
     again = run_here(*stopped, "--resume")
     assert again.returncode == 0
     assert again.stdout.count("nothing to do") == 3
+    assert "; the best epoch was chosen by the test set itself, for want of --val-size." in again.stdout
 
 
 def test_a_run_that_diverges_is_in_the_table_and_the_exit_code(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
@@ -304,6 +362,74 @@ def test_a_run_that_diverges_is_in_the_table_and_the_exit_code(folder: Path, tmp
     assert (good["failed"], bad["last"]) == ("", None)
     assert "the loss is" in bad["failed"]
     assert "is not finite" in done.stderr
+
+
+def test_a_run_that_cannot_begin_leaves_the_others_as_they_are(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    """24 pictures to train on, and another process at the checkpoint of one of the others."""
+    (tmp_path / "g.json").write_text('{"batch_size": [64, 8], "seed": [0, 1, 2], "epochs": [1]}')
+    flags = small(folder, "--sweep", "g.json", "--seeds-per-step", "3", "--checkpoint-path", "run.pth")
+    with hf.files.lock_for(tmp_path / "run.batch-size8.epochs1.seed0.pth"):
+        done = run_here(*flags)
+    assert done.returncode == 1
+    too_large = "--batch-size: got 64, expected at most the 24 training pictures"
+    reasons = [row["failed"] for row in results(tmp_path / "run.population.json")]
+    assert reasons[:3] == [too_large] * 3
+    assert "another run is writing to" in reasons[3]
+    assert reasons[4:] == ["", ""]
+    assert f"batch-size64.epochs1.seed2  failed: {too_large}\n" in done.stderr
+    assert "| batch-size 8, epochs 1  | 2 | 1 " in done.stdout
+
+
+def test_runs_that_do_not_fit_together_into_memory(
+    folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = train.train
+
+    def too_much(run: Any, *rest: Any) -> Any:
+        if run.config.seed == 1:
+            torch.empty(2**60, dtype=torch.uint8)
+        return (yield from begin(run, *rest))
+
+    monkeypatch.setattr(train, "train", too_much)
+    flags = small(folder, "--seeds", "0,1,2", "--epochs", "1")
+    assert run_here(*flags, "--seeds-per-step", "2", "--checkpoint-path", "two.pth").returncode == 1
+    rows = results(tmp_path / "two.population.json")
+    assert [row["failed"].partition(": ")[0] for row in rows] == [
+        "the device is out of memory, try a smaller --seeds-per-step",
+        "the device is out of memory, try a smaller --seeds-per-step",
+        "",
+    ]
+    assert run_here(*flags, "--seeds-per-step", "1", "--checkpoint-path", "one.pth").returncode == 1
+    rows = results(tmp_path / "one.population.json")
+    assert [row["failed"].partition(": ")[0] for row in rows] == [
+        "",
+        "the device is out of memory, try a smaller --batch-size",
+        "",
+    ]
+
+
+def test_what_can_be_known_before_is_known_before_the_first_run(
+    folder: Path, tmp_path: Path, run_here: RunHere
+) -> None:
+    (tmp_path / "g.json").write_text('{"lr": [0.002], "seed": [0, 1]}')
+    flags = small(folder, "--sweep", "g.json", "--checkpoint-path", "run.pth")
+    assert run_here(*flags, "--epochs", "1").returncode == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    second = tmp_path / "run.lr0.002.seed1.pth"
+    more = [*flags, "--epochs", "2", "--resume"]
+    assert_refused(run_here(*more, "--decay", "generated"), "--resume: run.lr0.002.seed0.pth holds another run")
+    for wrong, message in (
+        (before[second.name][:-1] + b"x", "run.lr0.002.seed1.pth is damaged"),
+        (before["run.population.json"], "run.lr0.002.seed1.pth is damaged, or is not a file of hyperfunc"),
+    ):
+        second.write_bytes(wrong)
+        assert_refused(run_here(*more), message)
+        second.write_bytes(before[second.name])
+    assert_refused(run_here(*flags, "--engine", "graph"), "--engine: got graph, which needs a GPU")
+    (tmp_path / "h.json").write_text('{"precision": ["fp32", "tf32"]}')
+    assert_refused(run_here(*small(folder, "--sweep", "h.json")), "precision: got tf32, which needs an NVIDIA GPU")
+    (tmp_path / "h.json").unlink()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.slow
@@ -320,6 +446,114 @@ def test_ranks_take_shares_of_the_runs_and_a_signal_ends_all(folder: Path, tmp_p
     code, output, _ = interrupt_train(*flags, cwd=tmp_path, after="seed1  epoch 2/60", number=signal.SIGTERM)
     assert code == 143, output
     assert all(checkpoint.load(tmp_path / f"two.seed{seed}.pth").notes["progress"]["epoch"] for seed in (0, 1))
+
+
+def two_ranks(first: list[str], second: list[str], cwd: Path) -> str:
+    """What two ranks write that are started one by one, each with flags of its own, and end with exit code 1."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    started = [
+        start_train(*flags, cwd=cwd, env={**address, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, flags in enumerate((first, second))
+    ]
+    outputs = [process.communicate(timeout=60)[0] for process in started]
+    assert [process.returncode for process in started] == [1, 1], outputs
+    return "".join(outputs)
+
+
+@pytest.mark.slow
+def test_ranks_with_other_flags_do_not_begin(folder: Path, tmp_path: Path) -> None:
+    flags = small(folder, "--epochs", "1", "--timeout", "10", "--checkpoint-path", "run.pth")
+    output = two_ranks([*flags, "--seeds", "0,1"], [*flags, "--seeds", "2,3"], tmp_path)
+    assert "train.py: the ranks are not equal: rank 1 differs from rank 0 in --seeds\n" in output
+    for name, rates in (("g.json", [0.1, 0.2]), ("h.json", [0.1, 0.3])):
+        (tmp_path / name).write_text(json.dumps({"lr": rates}))
+    output = two_ranks([*flags, "--sweep", "g.json"], [*flags, "--sweep", "h.json"], tmp_path)
+    assert "train.py: the ranks are not equal: rank 1 differs from rank 0 in the runs\n" in output
+    assert names_in(tmp_path) == ["g.json", "h.json"]
+
+
+@pytest.mark.slow
+def test_ranks_with_other_pictures_have_no_table_in_common(folder: Path, tmp_path: Path) -> None:
+    other = make_folder(tmp_path / "other", test=7)
+    flags = small(folder, "--epochs", "1", "--val-size", "4", "--timeout", "10", "--seeds", "0,1")
+    output = two_ranks(flags, [*flags, "--data-dir", str(other)], tmp_path)
+    assert "the ranks are not equal: rank 1 differs from rank 0 in the pictures to test of folder; each run" in output
+    assert not list(tmp_path.glob("*.population.*"))
+    assert len(list(tmp_path.glob("*.seed*.pth"))) == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_diverged_is_not_tried_again(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "g.json").write_text('{"lr": [0.002, 1e9], "epochs": [1]}')
+    flags = small(folder, "--sweep", "g.json", "--devices", "cpu:2", "--max-restarts", "2")
+    done = run_train(*flags, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("lr1000000000.0.epochs1.seed0  failed: ") == 1
+    assert done.stdout.count("Mean ± sample") == 1
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_rank_without_a_run_as_well(folder: Path, tmp_path: Path) -> None:
+    flags = small(folder, "--epochs", "500", "--seeds", "0,1", "--seeds-per-step", "2", "--checkpoint-path", "run.pth")
+    code, output, seconds = interrupt_train(
+        *flags, "--devices", "cpu:2", cwd=tmp_path, after="seed1  epoch 2/500", number=signal.SIGTERM
+    )
+    assert code == 143, output
+    assert seconds < 20
+    assert output.count("go on with --resume") == 2
+
+
+def test_what_is_wrong_for_all_runs_ends_as_a_single_run_does(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    flags = small(folder, "--seeds", "0,1", "--checkpoint-path", "run.pth")
+    assert run_here(*flags, "--epochs", "1").returncode == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for wrong, message in (
+        (["--data-dir", "nowhere"], "train.py: data_dir: there is no folder 'nowhere'"),
+        (["--batch-size", "64"], "train.py: --batch-size: got 64, expected at most the 24 training pictures"),
+    ):
+        done = run_here(*flags, *wrong)
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith(message)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_table_of_earlier_runs_is_kept_as_their_checkpoints_are(
+    folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = small(folder, "--seeds", "0", "--checkpoint-path", "run.pth")
+    assert run_here(*flags, "--epochs", "1").returncode == 0
+    old = (tmp_path / "run.population.md").read_bytes()
+    done = run_here(*flags, "--epochs", "1")
+    assert f"kept a table of earlier runs as {tmp_path}/run.1.population.md" in done.stdout
+    tables = [f"run{number}.population.{ending}" for number in (".1", "") for ending in ("json", "md")]
+    assert [name for name in names_in(tmp_path) if "population" in name] == tables
+    assert (tmp_path / "run.1.population.md").read_bytes() == old
+    # The table of what is taken up again is not kept: its checkpoints are about to be written over.
+    begin = train.train
+    meanwhile: list[bool] = []
+
+    def look(*arguments: Any) -> Any:
+        meanwhile.extend((tmp_path / name).exists() for name in tables[2:])
+        return begin(*arguments)
+
+    monkeypatch.setattr(train, "train", look)
+    assert run_here(*flags, "--epochs", "2", "--resume").returncode == 0
+    assert meanwhile == [False, False]
+    assert [name for name in names_in(tmp_path) if "population" in name] == tables
+
+
+def test_the_table_says_which_runs_had_another_schedule(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    flags = small(folder, "--checkpoint-path", "run.pth")
+    assert run_here(*flags, "--epochs", "2", "--seeds", "0").returncode == 0
+    done = run_here(*flags, "--epochs", "4", "--seeds", "0,1", "--resume")
+    assert done.stdout.endswith("\n\nseed 0: up to epoch 2 it had the learning rates of another --epochs.\n")
+    assert done.stdout.count("another --epochs") == 1
+    assert [row["rescheduled"] for row in results(tmp_path / "run.population.json")] == [2, 0]
+    # Also when it is all over, and the checkpoint was written under these flags.
+    again = run_here(*flags, "--epochs", "4", "--seeds", "0,1", "--resume")
+    assert again.stdout.count("up to epoch 2 it had") == 1
 
 
 def test_a_table_has_one_writer(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
