@@ -64,7 +64,7 @@ def forge(tensors: dict[str, torch.Tensor], metadata: dict[str, Any], rng: rando
         (lambda: tensors.update({name: leaf.unsqueeze(0)}), f"{name} is float32[1, "),
         (lambda: notes["config"].update(depth=16), "--depth is 10, was 16"),
         (lambda: notes["config"].update(lr=0.1), "--lr is 0.002, was 0.1"),
-        (lambda: notes["config"].pop("width"), "--width is 1, was None"),
+        (lambda: notes["config"].update(width=None), "--width is 1, was None"),
         (lambda: notes.pop("progress"), "was not written by this version of train.py"),
         (lambda: notes["progress"].pop("history"), "was not written by this version of train.py"),
         (lambda: notes["progress"].update(more=1), "was not written by this version of train.py"),
