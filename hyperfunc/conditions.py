@@ -149,7 +149,7 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
             )
         if found.is_complex():
             raise ValueError(
-                f"encoder: got {str(found.dtype).removeprefix('torch.')} codes, expected real ones; give it conditions "
+                f"encoder: got {tree.dtype_name(found.dtype)} codes, expected real ones; give it conditions "
                 "of real numbers, as torch.view_as_real makes them"
             )
         return F.normalize(found, dim=1)

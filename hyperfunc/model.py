@@ -427,8 +427,8 @@ def _check_dtypes(tiling: Tiling, parameters: Mapping[str, Tensor]) -> None:
             dtype, other = parameters[first].dtype, parameters[layer.name].dtype
             if other != dtype:
                 raise ValueError(
-                    f"targets: {first} is {str(dtype).removeprefix('torch.')} and {layer.name} is "
-                    f"{str(other).removeprefix('torch.')}, and one generator, '{key}', makes both; convert the module "
+                    f"targets: {first} is {tree.dtype_name(dtype)} and {layer.name} is "
+                    f"{tree.dtype_name(other)}, and one generator, '{key}', makes both; convert the module "
                     "to one dtype, or leave one of them out of the targets"
                 )
 

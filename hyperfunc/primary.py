@@ -53,13 +53,13 @@ def check_module(module: Any) -> None:
     for name, parameter in module.named_parameters():
         if parameter.is_complex():
             raise ValueError(
-                f"module: its parameter {name} is {str(parameter.dtype).removeprefix('torch.')}, and the optimizers "
+                f"module: its parameter {name} is {tree.dtype_name(parameter.dtype)}, and the optimizers "
                 "train real numbers only; hold its real and imaginary part as one real parameter, and join them in "
                 "the forward method with torch.view_as_complex"
             )
         if not parameter.is_floating_point():
             raise ValueError(
-                f"module: its parameter {name} is {str(parameter.dtype).removeprefix('torch.')} and cannot be trained; "
+                f"module: its parameter {name} is {tree.dtype_name(parameter.dtype)} and cannot be trained; "
                 "register it as a buffer, or hyperize the module before it is quantized"
             )
 
@@ -100,7 +100,7 @@ def check_state_dict(module: nn.Module, state_dict: Any, name: str = "state_dict
         first.setdefault(id(tensor), path)
         if path in state_dict:
             given.add(first[id(tensor)])
-    needed = {first[id(known[path])] for path in known if path not in _not_persistent(module)}
+    needed = {first[id(known[path])] for path in known.keys() - _not_persistent(module)}
     differences = [f"{path} is missing" for path in sorted(needed - given)]
     for path, value in state_dict.items():
         if path in extra:

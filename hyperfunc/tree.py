@@ -125,10 +125,15 @@ def equal(tree: Any, other: Any) -> bool:
     return structure == other_structure and all(_is_equal(*pair) for pair in zip(ours, theirs, strict=True))
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def describe(leaf: Tensor, *, any_length: bool = False) -> str:
     """Dtype and shape as in `float32[16, 3]`, or, where the first extent does not count, `float32[n, 3]`."""
     shape = ["n", *leaf.shape[1:]] if any_length and leaf.dim() else leaf.shape
-    return f"{str(leaf.dtype).removeprefix('torch.')}[{', '.join(str(extent) for extent in shape)}]"
+    return f"{dtype_name(leaf.dtype)}[{', '.join(str(extent) for extent in shape)}]"
 
 
 def is_readable(leaf: Tensor) -> bool:
