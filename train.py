@@ -129,12 +129,14 @@ def start_ranks(config: Config, argv: Sequence[str] | None, printer: Printer) ->
     """Runs this program on every device that is asked for, and returns their exit code; None where this is one run."""
     try:
         count = len(devices_of(config))
+        if count == 1 or distributed.rank_of_environment() is not None:
+            return None
         is_population = bool(config.seeds or config.sweep)
         if is_population:
             count = min(count, len(runs_of(config)))
-        if count == 1 or distributed.rank_of_environment() is not None:
-            return None
-        if not is_population:
+            if count == 1:
+                return None
+        else:
             launch.check_batch_size(config.batch_size, count)
     except ValueError as error:
         printer.warn(f"train.py: {one_line(error)}")
