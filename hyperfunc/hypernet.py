@@ -38,15 +38,21 @@ def generate_kernels(p: HyperNetParams, z: Float[Tensor, "units z"]) -> Float[Te
 
 
 def generate_kernels_at_once(p: HyperNetParams, z: Float[Tensor, "units z"]) -> Float[Tensor, "units out in *window"]:
-    """`generate_kernels` as two matrix products over all units: the form for the hot path.
+    """`generate_kernels` as a few matrix products over all units: the form for the hot path.
 
     Mapping `generate_kernel` batches the second product by unit; backwards that makes a gradient of W_out for each unit
-    and then sums them, which costs more than everything else. Here units and input channels are columns of one matrix.
-    Input channels come out last in memory, so that tiles are put together in whole rows of them.
+    and then sums them, which costs more than everything else. Here the two layers, which are linear, are multiplied
+    into one, K[:, i] = (W_out W_in[i]) z + (W_out b_in[i] + b_out), where there are enough units to make that cheaper.
+    A unit then comes out as one row with its input channels last, and tiles are put together in whole runs of them.
     """
-    n_in, d, _ = p.w_in.shape
+    n_in, d, n_z = p.w_in.shape
+    w_out = p.w_out.reshape(-1, d)
+    if n_z * len(w_out) * (d + len(z)) <= d * len(z) * (n_z + len(w_out)):  # multiplications, by input channel
+        w = torch.mm(w_out, p.w_in.transpose(0, 1).reshape(d, -1)).view(-1, n_z)
+        b = torch.addmm(p.b_out.reshape(-1, 1), w_out, p.b_in.t()).flatten()
+        return F.linear(z, w, b).view(-1, *p.b_out.shape, n_in).movedim(-1, 2)
     a = F.linear(z, p.w_in.flatten(0, 1), p.b_in.flatten())
-    columns = torch.addmm(p.b_out.reshape(-1, 1), p.w_out.reshape(-1, d), a.view(-1, d).t())
+    columns = torch.addmm(p.b_out.reshape(-1, 1), w_out, a.view(-1, d).t())
     return columns.view(*p.b_out.shape, -1, n_in).movedim(-2, 0).movedim(-1, 2)
 
 

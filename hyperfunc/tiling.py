@@ -124,7 +124,9 @@ def assemble(layers: Sequence[Layer], units: Float[Tensor, "units out in *window
     come out in channels_last memory order, the one that the fast convolutions want.
     """
     runs = _runs(layers)
-    parts = torch.split(units, [sum(layer.units for layer in run) for run in runs])
+    # As the fast generation lays many of them out; the way back then writes each gradient once, and where it is wanted.
+    rows = units.movedim(2, -1)
+    parts = torch.split(rows, [sum(layer.units for layer in run) for run in runs])
     kernels: dict[str, Tensor] = {}
     for run, part in zip(runs, parts, strict=True):
         for layer, kernel in zip(run, _assemble_run(run[0], len(run), part), strict=True):
@@ -143,19 +145,23 @@ def _runs(layers: Sequence[Layer]) -> list[list[Layer]]:
     return runs
 
 
-def _assemble_run(layer: Layer, count: int, units: Tensor) -> tuple[Tensor, ...]:
+def _assemble_run(layer: Layer, count: int, rows: Float[Tensor, "units cout *window cin"]) -> tuple[Tensor, ...]:
     """The kernels of `count` layers that are all laid out like `layer`."""
     kernel = layer.kernel
-    # Input channels last in memory: exactly channels_last for a two-dimensional window, and one copy in any case, also
-    # where a layer is a single tile and a view would do.
+    # Input channels last in memory: exactly channels_last for a two-dimensional window. It is a copy at most.
     whole = rearrange(
-        units,
-        "(layer tile_out tile_in) cout cin ... -> layer (tile_out cout) ... (tile_in cin)",
+        rows,
+        "(layer tile_out tile_in) cout ... cin -> layer (tile_out cout) ... (tile_in cin)",
         layer=count,
         tile_out=layer.grid[0],
         tile_in=layer.grid[1],
-    )
-    whole = whole.contiguous().movedim(-1, 2)
+    ).contiguous()
+    if whole.movedim(-1, 2).shape[1:] == kernel.shape and not (
+        kernel.transposed or kernel.mean or kernel.zero_row is not None
+    ):
+        # Moved after they are parted: the gradients of channels_last kernels then are put together as they lie.
+        return tuple(part.movedim(-1, 1) for part in whole.unbind(0))
+    whole = whole.movedim(-1, 2)
     if whole.shape[1:3] != kernel.plane[:2]:
         whole = whole[:, : kernel.plane[0], : kernel.plane[1]]
     if kernel.transposed:

@@ -39,11 +39,12 @@ def test_vmapped_equals_looped(generator: Generator) -> None:
     torch.testing.assert_close(generate_kernels(p, z), looped, rtol=oracle.EXACT, atol=oracle.EXACT)
 
 
+@pytest.mark.parametrize("units", [3, 500])  # few, and enough for the layers to be multiplied into one
 @pytest.mark.parametrize("window", [(3, 3), (), (5,)])
-def test_at_once_equals_mapped_with_its_gradients(generator: Generator, window: tuple[int, ...]) -> None:
-    p = init_generator(generator, window=window, unit=(6, 4), z_dim=7, hidden_dim=5, init="clipped-normal")
+def test_at_once_equals_mapped_with_its_gradients(generator: Generator, window: tuple[int, ...], units: int) -> None:
+    p = init_generator(generator, window=window, unit=(6, 4), z_dim=7, hidden_dim=10, init="clipped-normal")
     p = tree.to(p, torch.float64)
-    z = torch.randn(9, 7, generator=generator, dtype=torch.float64)
+    z = torch.randn(units, 7, generator=generator, dtype=torch.float64)
     ours, our_backward = torch.func.vjp(generate_kernels_at_once, p, z)[:2]
     theirs, their_backward = torch.func.vjp(generate_kernels, p, z)[:2]
     torch.testing.assert_close(ours, theirs, rtol=oracle.EXACT, atol=oracle.EXACT)
