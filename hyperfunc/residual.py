@@ -108,6 +108,25 @@ class ResNet(nn.Module):
         self.bn = _batch_norm(channels if self.pre else 16)
         self.head = nn.Linear(channels, num_classes)
 
+    @property
+    def biases_before_norms(self) -> tuple[str, ...]:
+        """The biases of those convolutions whose output goes into a batch norm and nowhere else.
+
+        In training the norm takes away the mean, and with it what such a bias has added: its gradient is zero. Where a
+        layer was exchanged for one of another kind nothing is said of its bias, nor of any in a subclass.
+        """
+        if type(self) is not ResNet:
+            return ()
+        pairs = [] if self.pre else [("stem", self.stem, self.bn)]
+        for index, block in enumerate(self.blocks):
+            if type(block) is ResidualBlock:
+                pairs.append((f"blocks.{index}.conv1", block.conv1, block.bn2 if block.pre else block.bn1))
+                if not block.pre:
+                    pairs.append((f"blocks.{index}.conv2", block.conv2, block.bn2))
+        own = {name for name, _ in self.named_parameters()}
+        known = [name for name, conv, norm in pairs if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d]
+        return tuple(f"{name}.bias" for name in known if f"{name}.bias" in own)
+
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n classes"]:
         h = self.stem(images)
         if not self.pre:

@@ -17,6 +17,7 @@ from hyperfunc.model import BatchStats, Model, Params
 from hyperfunc.optim import Optimizer, Scaled
 from hyperfunc.precision import LOW, Precision, autocast
 from hyperfunc.randomness import Seed, drawing_layers, fold_in
+from hyperfunc.residual import ResNet
 
 Decay = Literal["parameters", "generated"]
 
@@ -91,12 +92,13 @@ def make_train_step(
     """
     objective = _make_objective(model, decay, weight_decay, precision, summed=reduce is not None)
     step_seed = _make_step_seed(model, seed)
+    constant = () if weight_decay else _silent_biases(model)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         images, labels = load(batch)
         scale = state.opt_state.scale if isinstance(state.opt_state, Scaled) else None
         function = objective(state.batch_stats, images, labels, scale, step_seed(state))
-        grads, (loss, logits, batch_stats) = _gradient(function, state.params, (state, images))
+        grads, (loss, logits, batch_stats) = _gradient(function, state.params, (state, images), constant)
         metrics = _metrics(loss * len(labels), logits, labels)
         if reduce is not None:
             grads, batch_stats, metrics = reduce(len(labels), grads, batch_stats, metrics)
@@ -144,11 +146,12 @@ def make_gradients(
     for a scale of the loss."""
     objective = _make_objective(model, decay, weight_decay, precision, summed=reduce is not None)
     step_seed = _make_step_seed(model, seed)
+    constant = () if weight_decay else _silent_biases(model)
 
     def gradients(state: TrainState, batch: Any) -> Params:
         images, labels = load(batch)
         function = objective(state.batch_stats, images, labels, None, step_seed(state))
-        grads, (loss, logits, batch_stats) = _gradient(function, state.params, (state, images))
+        grads, (loss, logits, batch_stats) = _gradient(function, state.params, (state, images), constant)
         if reduce is not None:
             grads, _, _ = reduce(len(labels), grads, batch_stats, _metrics(loss, logits, labels))
         return grads
@@ -222,6 +225,7 @@ def _make_objective(
             f"weight_decay: got {weight_decay} with decay='parameters'; give it to the optimizer, "
             "or choose decay='generated'"
         )
+    silent = _silent_biases(model)
 
     def objective(
         old_stats: BatchStats, images: Tensor, labels: Tensor, scale: Tensor | None, seed: Seed | None
@@ -230,7 +234,8 @@ def _make_objective(
         def function(params: Params) -> tuple[Tensor, tuple[Tensor, Tensor, BatchStats]]:
             with autocast(precision, images.device):
                 weights = model.weights(params)
-                logits, batch_stats = model.forward(weights, old_stats, images, train=True, seed=seed)
+                constant = {name: weights[name].detach() for name in silent}
+                logits, batch_stats = model.forward({**weights, **constant}, old_stats, images, train=True, seed=seed)
             logits = _loss_dtype(logits, precision)
             loss = F.cross_entropy(logits, labels)
             total = loss
@@ -255,10 +260,46 @@ def _make_step_seed(model: Model, seed: int) -> Callable[[TrainState], Seed | No
     return lambda state: fold_in(seed, state.step) if is_random else None
 
 
-def _gradient(function: Objective, params: Params, inputs: Any) -> tuple[Params, tuple[Tensor, Tensor, BatchStats]]:
+def _silent_biases(model: Model) -> tuple[str, ...]:
+    """The parameters whose gradient is zero in training, as the primary network itself says.
+
+    It is zero but for rounding, which takes a pass over each activation's gradient to find, and of which Adam would
+    make whole steps.
+    """
+    return model.module.biases_before_norms if isinstance(model.module, ResNet) else ()
+
+
+def _gradient(
+    function: Objective, params: Params, inputs: Any, constant: tuple[str, ...]
+) -> tuple[Params, tuple[Tensor, Tensor, BatchStats]]:
     """`torch.func.grad(function, has_aux=True)(params)`, which keeps all that the way forward has stored to the end,
     because its result may be differentiated again. Where nobody does that, by any of `inputs`, it is freed on the way
-    back."""
+    back.
+
+    Those named in `constant` get zeros, made at once and not one by one as torch.func would.
+    """
+    fixed: dict[str, Tensor] = {}
+    if isinstance(params, Params):
+        fixed = {name: value for name, value in params.primary.items() if name in constant}
+    if not fixed:
+        return _whole_gradient(function, params, inputs)
+
+    def with_primary(params: Params, primary: dict[str, Tensor]) -> Params:
+        # Not _replace, which torch.compile cannot trace in torch 2.7.
+        return Params(params.generator, params.embeddings, primary)
+
+    free = with_primary(params, {name: value for name, value in params.primary.items() if name not in fixed})
+    gradients, aux = _whole_gradient(lambda free: function(with_primary(free, {**free.primary, **fixed})), free, inputs)
+    sizes = [value.numel() for value in fixed.values()]
+    zeros = next(iter(fixed.values())).new_zeros(sum(sizes)).split(sizes)
+    silent = {name: part.view_as(fixed[name]) for name, part in zip(fixed, zeros, strict=True)}
+    found = {**gradients.primary, **silent}
+    return with_primary(gradients, {name: found[name] for name in params.primary}), aux
+
+
+def _whole_gradient(
+    function: Objective, params: Params, inputs: Any
+) -> tuple[Params, tuple[Tensor, Tensor, BatchStats]]:
     if torch.compiler.is_compiling() or tree.is_differentiated(inputs):
         return grad(function, has_aux=True)(params)
     answer: Any = vjp(function, params, has_aux=True)

@@ -31,7 +31,7 @@ from hyperfunc.interrupt import Interrupted
 
 EPOCHS, BATCH, COUNT = 2, 4, 10
 MODEL = hf.hyper_resnet(10, num_classes=3, z_dim=4)
-# Not Adam: biases before a batch norm have a gradient of zero but for rounding, and Adam makes a whole step of that.
+# Not Adam, which makes whole steps of rounding where a gradient is next to zero.
 OPTIMIZER = optim.sgd(optim.constant(0.05), weight_decay=0.0005)
 
 

@@ -31,6 +31,19 @@ def test_stages_halve_and_widen(shortcut: str, block: str) -> None:
     assert shapes == [(32, 32, 32)] * 2 + [(64, 16, 16)] * 2 + [(128, 8, 8)] * 2
 
 
+def test_biases_are_named_only_where_a_batch_norm_takes_them_away() -> None:
+    class Own(ResNet):
+        pass
+
+    assert Own(10).biases_before_norms == ()
+    network = ResNet(10)
+    network.stem.bias = None
+    network.blocks[0].bn2 = nn.GroupNorm(4, 16)  # pyright: ignore[reportAttributeAccessIssue]
+    network.blocks[2] = nn.Identity()
+    expected = ("blocks.0.conv1.bias", "blocks.1.conv1.bias", "blocks.1.conv2.bias")
+    assert network.biases_before_norms == expected
+
+
 def test_padded_shortcut_adds_zeros_alone() -> None:
     x = torch.randn(2, 16, 8, 8)
     y = PadShortcut(extra_channels=16, stride=2)(x)

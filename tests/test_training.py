@@ -5,11 +5,13 @@ import pytest
 import torch
 from helpers import assert_trees_equal, unchecked
 from torch import Generator, Tensor
+from torch.func import grad
 from torch.nn import functional as F
 
 import hyperfunc as hf
 from hyperfunc import optim, training, tree
 from hyperfunc.model import Model
+from hyperfunc.residual import Block, Shortcut
 
 WEIGHT_DECAY = 0.01
 
@@ -43,6 +45,30 @@ def test_a_step_leaves_its_inputs_unchanged(generator: Generator) -> None:
     before = tree.named_leaves(tree.clone((state, batch)))
     training.make_train_step(model, optimizer)(state, batch)
     assert_trees_equal(before, tree.named_leaves((state, batch)))
+
+
+@pytest.mark.parametrize("shortcut", ["pad", "conv"])
+@pytest.mark.parametrize("block", ["post", "pre"])
+def test_biases_before_norms_have_the_gradient_that_is_not_computed(
+    block: Block, shortcut: Shortcut, generator: Generator
+) -> None:
+    model = hf.hyper_resnet(10, block=block, shortcut=shortcut)
+    state, (images, labels) = a_state(model, optim.sgd(0.1)), a_batch(generator)
+    generator.manual_seed(1)
+    params = tree.map(lambda leaf: leaf + 0.1 * torch.randn(leaf.shape, generator=generator), state.params)
+    state = state._replace(params=params)
+
+    def loss(params: hf.Params) -> Tensor:
+        return F.cross_entropy(model.apply(params, state.batch_stats, images, train=True)[0], labels)
+
+    expected, found = grad(loss)(params), training.make_gradients(model)(state, (images, labels))
+    for path, leaf in tree.named_leaves(found).items():
+        torch.testing.assert_close(
+            leaf, tree.named_leaves(expected)[path], rtol=oracle.EXACT, atol=oracle.EXACT, msg=path
+        )
+    silent = hf.ResNet(10, block=block, shortcut=shortcut).biases_before_norms
+    assert len(silent) == {"post": 7, "pre": 3}[block]
+    assert not any(found.primary[name].any() for name in silent)
 
 
 def test_steps_equal_ordinary_training_of_an_ordinary_module(generator: Generator) -> None:
