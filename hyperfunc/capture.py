@@ -2,16 +2,18 @@
 
 Nothing here knows what the step does. It is a pure function `step(state, batch) -> (state, metrics)` of pytrees of
 tensors, and so is what comes back, with one exception that is written out at `capture`: this is the only module in
-which a tensor is overwritten in place.
+which a tensor that a caller holds is overwritten in place.
 """
 
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
 
 from hyperfunc import tree
+from hyperfunc.compiled_norms import CompiledNorms
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -26,15 +28,32 @@ def compile_step(step: Evaluation, batch: Any) -> Evaluation:
     they are.
 
     One graph without a break: whatever cannot be traced is an error at the first call, not a slow step. Compilation
-    happens at that first call and takes from ten seconds to minutes.
+    happens at that first call and takes from ten seconds to minutes; what it makes is kept on disk, where a later
+    process finds it. On the CPU batch norms in training take another form; see `compiled_norms`.
+
+    Only its arguments and torch's own settings are looked at again in later calls: what else the step reads, a variable
+    around it for example, is taken to be what it was at the first.
     """
     options: dict[str, Any] = {
         # Without this Inductor gives up channels_last wherever all convolutions have 64 channels or fewer.
         "force_layout_optimization": True,
     }
-    if _on_cuda(batch):
+    on_cuda = _on_cuda(batch)
+    if on_cuda:
         options |= torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
-    compiled = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+    if hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):  # and with it this option, since torch 2.8
+        options["guard_filter_fn"] = _on_arguments
+
+    def traced(state: Any, batch: Any) -> Any:
+        if on_cuda:
+            return step(state, batch)
+        with CompiledNorms():
+            return step(state, batch)
+
+    # Torch keeps what it compiled with the code object, and refuses a ninth for the same. Since nothing that the step
+    # consists of is compared (see `_on_arguments`), two steps must not share one.
+    alone = FunctionType(traced.__code__.replace(), traced.__globals__, closure=traced.__closure__)
+    compiled = torch.compile(alone, fullgraph=True, dynamic=False, options=options)
     expected = _signature(batch)
 
     def run(state: Any, batch: Any) -> Any:
@@ -142,6 +161,18 @@ def capture_evaluation(function: Evaluation, network: Any, batch: Any) -> Evalua
     example = tree.map(torch.clone, batch)
     captured(network, batch)
     return captured
+
+
+def _on_arguments(guards: Any) -> list[bool]:
+    """Which of the things that torch would compare at every call it is to compare: the state, the batch, whether one of
+    their tensors is another one's object, and torch's own settings; not what the step consists of, which is thousands
+    of attributes of a module and its layers. A pure function stays what it is.
+    """
+    return [
+        guard.guard_type == "DUPLICATE_INPUT"
+        or not ("__closure__" in guard.name or guard.name.startswith(("G[", "__import__")))
+        for guard in guards
+    ]
 
 
 def _on_cuda(value: Any) -> bool:

@@ -23,7 +23,7 @@ def problem(device: str, dtype: torch.dtype = torch.float64, precision: Precisio
     images = data.Images(pixels, torch.arange(20) % 10)
     normalization = tree.to(data.measure(images), device, dtype)
     model = hf.hyper_resnet(10)
-    # A bias before a norm has a gradient of zero but for rounding; a small eps would blow that up to a whole step.
+    # Where a gradient is next to zero, a small eps would blow its rounding up to a whole step.
     optimizer = optim.adam(optim.cosine(0.002, 100, warmup=10), weight_decay=5e-4, eps=1e-3)
     state = training.init_state(model, optimizer, data.seeded_generator("init"))
     step, rest = state.step, tree.to(state._replace(step=torch.zeros(())), device, dtype)
@@ -109,6 +109,41 @@ def test_compiled_equals_eager() -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert_same_training(compiled, p)
     assert_trees_equal(before, tree.named_leaves((p.state, p.batches[0])))
+
+
+@pytest.mark.traced
+@pytest.mark.filterwarnings("ignore")
+def test_any_number_of_steps_can_be_compiled() -> None:
+    batch = torch.ones(2)
+
+    def make(factor: int) -> Step:
+        return lambda state, batch: (state + factor * batch, batch.sum())
+
+    # All of one code, but for what they close over; and nobody may get another's.
+    steps = [capture.compile_step(make(factor), batch) for factor in range(9)]
+    for _ in range(2):
+        for factor, step in enumerate(steps):
+            assert step(batch, batch)[0].tolist() == [1 + factor] * 2
+
+
+@pytest.mark.traced
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_looks_at_its_state_at_every_call() -> None:
+    """Though not at what it consists of."""
+    batch = torch.ones(2)
+    step = capture.compile_step(lambda state, batch: (state["a"] * 2, batch.sum()), batch)
+    for state in ({"a": torch.ones(3)}, {"a": torch.ones(4)}, {"b": torch.ones(1), "a": torch.ones(3).int()}):
+        assert torch.equal(step(state, batch)[0], state["a"] * 2)
+
+
+@pytest.mark.traced
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_tells_its_state_from_what_it_closes_over() -> None:
+    """Also where they were one object at the first call."""
+    batch, origin = torch.ones(2), torch.zeros(3)
+    step = capture.compile_step(lambda state, batch: ((state - origin).square(), batch.sum()), batch)
+    for state in (origin, torch.ones(3), origin):
+        assert torch.equal(step(state, batch)[0], state)
 
 
 def test_copying_over_a_state_reads_what_it_overwrites_first() -> None:

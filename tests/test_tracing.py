@@ -4,7 +4,10 @@ import sys
 
 from helpers import ROOT
 
-FILES = [f"tests/test_{name}.py" for name in ("capture", "conditions", "ensembles", "hyperize", "randomness")]
+FILES = [
+    f"tests/test_{name}.py"
+    for name in ("capture", "compiled_norms", "conditions", "ensembles", "hyperize", "randomness")
+]
 
 
 def test_what_is_traced_passes_without_shape_checks() -> None:

@@ -1,0 +1,133 @@
+"""The batch norms of a compiled step are torch's own."""
+
+import oracle
+import pytest
+import torch
+from helpers import assert_trees_equal
+from torch import Generator, Tensor, nn
+from torch.func import vjp
+from torch.nn import functional as F
+
+import hyperfunc as hf
+from hyperfunc import capture, compiled_norms
+
+SHAPES = [(4, 3, 5, 6), (1, 16, 8, 8), (6, 2, 1, 1), (2, 64, 40, 40)]
+"""The last is too large for a part to be a whole picture."""
+
+
+def outcome(norm: object, x: Tensor, affine: bool) -> tuple[Tensor, ...]:
+    """The output, the gradients, and the running statistics that are written."""
+    start = torch.linspace(0.5, 2, x.shape[1], dtype=x.dtype)
+    mean, variance = start.clone(), start.flip(0)
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        statistics = mean.clone(), variance.clone()
+        parameters = (weight, bias) if affine else (None, None)
+        return norm(x, *statistics, *parameters, True, 0.3, 1e-3), statistics  # pyright: ignore[reportCallIssue]
+
+    answer = vjp(function, x, start, start.square(), has_aux=True)
+    output, pull_back, statistics = answer  # pyright: ignore[reportAssignmentType]
+    cotangent = torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view(x.shape).cos()
+    return (output, *pull_back(cotangent), *statistics)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_it_is_torchs_own(
+    shape: tuple[int, ...], affine: bool, memory_format: torch.memory_format, generator: Generator
+) -> None:
+    x = 3 + torch.randn(shape, generator=generator, dtype=torch.float64).to(memory_format=memory_format)
+    ours, theirs = outcome(compiled_norms.batch_norm, x, affine), outcome(F.batch_norm, x, affine)
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=oracle.EXACT, atol=oracle.EXACT)
+
+
+def test_a_mean_far_from_zero_does_not_drown_the_variance(generator: Generator) -> None:
+    x = 500 + 0.01 * torch.randn(64, 3, 4, 4, generator=generator)
+    ours, expected = outcome(compiled_norms.batch_norm, x, True), outcome(F.batch_norm, x.double(), True)
+    # A hundredth of the spread: float32 holds the numbers themselves to 6e-3 of it only.
+    for found, reference in ((ours[0], expected[0]), (ours[-1], expected[-1])):
+        torch.testing.assert_close(found.double(), reference, rtol=2e-2, atol=2e-2 * float(reference.std()))
+
+
+@pytest.mark.parametrize(
+    ("norm", "x", "is_ours"),
+    [
+        (nn.BatchNorm2d(3), torch.ones(2, 3, 2, 2), True),
+        (nn.BatchNorm2d(3).eval(), torch.ones(2, 3, 2, 2), False),
+        (nn.BatchNorm2d(3, track_running_stats=False), torch.ones(2, 3, 2, 2), False),
+        (nn.BatchNorm2d(3, momentum=None), torch.ones(2, 3, 2, 2), True),
+        (nn.BatchNorm1d(3), torch.ones(2, 3), False),
+        (nn.BatchNorm1d(3), torch.ones(2, 3, 2), False),
+        (nn.BatchNorm2d(3), torch.ones(2, 3, 2, 2).bfloat16(), False),
+    ],
+)
+def test_only_what_it_is_made_for_is_taken(
+    norm: nn.Module, x: Tensor, is_ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Tensor] = []
+    original = compiled_norms.batch_norm
+
+    def noting(*args: object, **kwargs: object) -> Tensor:
+        calls.append(x)
+        return original(*args, **kwargs)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(compiled_norms, "batch_norm", noting)
+    with compiled_norms.CompiledNorms():
+        assert norm(x).shape == x.shape
+    assert bool(calls) == is_ours
+
+
+def small_network() -> nn.Module:
+    layers = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16)
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.traced
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_network_takes_it(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The statistics of a compiled step are new ones, and the old are left alone."""
+    model = hf.hyperize(small_network(), targets=["3.weight"])
+    state = model.init(generator)
+    images = torch.randn(4, 3, 9, 9, generator=generator, dtype=torch.float64)
+
+    def step(state: tuple[hf.Params, hf.BatchStats], images: Tensor) -> tuple[Tensor, hf.BatchStats]:
+        return model.apply(*state, images, train=True)
+
+    before = {name: value.clone() for name, value in state[1].items()}
+    found, expected = capture.compile_step(step, images)(state, images), step(state, images)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert_trees_equal(before, state[1])
+
+    monkeypatch.setattr(compiled_norms, "batch_norm", lambda input, *_: input)
+    assert not torch.allclose(capture.compile_step(step, images)(state, images)[0], expected[0])
+
+
+@pytest.mark.traced
+@pytest.mark.filterwarnings("ignore")
+def test_it_can_be_mapped_when_compiled(generator: Generator) -> None:
+    model = hf.ensemble(hf.hyperize(small_network(), targets=["3.weight"]), 2)
+    state = model.init(generator)
+    images = torch.randn(4, 3, 9, 9, generator=generator, dtype=torch.float64)
+
+    def step(state: tuple[hf.Params, hf.BatchStats], images: Tensor) -> object:
+        return model.apply(*state, images, train=True)
+
+    found, expected = capture.compile_step(step, images)(state, images), step(state, images)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.traced
+@pytest.mark.filterwarnings("ignore")
+def test_norms_over_samples_stay_what_they_are_when_compiled(generator: Generator) -> None:
+    """Those of `apply_each` span the samples that vmap hides."""
+    model = hf.conditional(hf.hyperize(small_network(), targets=["3.weight"]), hf.conditions.table(3))
+    state = model.init(generator)
+    batch = torch.arange(3), torch.randn(3, 3, 9, 9, generator=generator, dtype=torch.float64)
+
+    def step(state: tuple[hf.ConditionalParams, hf.BatchStats], batch: tuple[Tensor, Tensor]) -> object:
+        return model.apply_each(*state, *batch, train=True)
+
+    found, expected = capture.compile_step(step, batch)(state, batch), step(state, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
