@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.transforms import v2
 
 import hyperfunc as hf
@@ -170,13 +170,15 @@ def accuracy(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], devic
 
 
 def loader(
-    pixels: Tensor, labels: Tensor, batch_size: int, *, train: bool, workers: int
+    pixels: Tensor, labels: Tensor, batch_size: int, *, train: bool, workers: int = 2, endless: bool = False
 ) -> DataLoader[tuple[Tensor, int]]:
-    """A DataLoader with worker processes that stay for the next epoch."""
+    """A DataLoader with worker processes that stay for the next epoch, or (`endless`) one whose epoch never ends."""
+    dataset = PictureDataset(pixels, labels, train=train)
     return DataLoader(
-        PictureDataset(pixels, labels, train=train),
+        dataset,
         batch_size,
-        shuffle=train,
+        shuffle=train and not endless,
+        sampler=RandomSampler(dataset, replacement=True, num_samples=2**40) if endless else None,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 import hyperfunc as hf
 from benchmarks.measure import Ceilings, measure_ceilings
@@ -19,18 +20,25 @@ def device_name() -> str:
     """The name of the GPU, or of the CPU with its number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} CPU with {capability}, {torch.get_num_threads()} threads"
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Adds to the json what a number means nothing without."""
-    machine_info["device"] = device_name()
-    machine_info["versions"] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "hyperfunc": hf.__version__,
-    }
+    machine_info |= described()
+
+
+def described() -> dict[str, Any]:
+    """Device and versions."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    return {"device": device_name(), "versions": versions | {"hyperfunc": hf.__version__}}
+
+
+@pytest.fixture(autouse=True)
+def _note_where(benchmark: BenchmarkFixture) -> None:
+    """Beside every result as well, so that one taken out of its file still says where it is from."""
+    benchmark.extra_info |= described()
 
 
 @pytest.fixture(scope="session")

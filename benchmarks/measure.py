@@ -1,15 +1,19 @@
 """Timing, ratios and the limits of the machine."""
 
+import json
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from hyperfunc.precision import LOW
@@ -78,21 +82,67 @@ def rounds_of(call: Call, at_least: float) -> int:
     return max(1, round(at_least / max(seconds(call), 1e-6)))
 
 
+class DeviceClock:
+    """A clock for pytest-benchmark that reads CUDA events: seconds up to the end of what has been launched."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._last: torch.cuda.Event | None = None
+
+    def __call__(self) -> float:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        if self._last is not None:
+            # From one reading to the next, because the time between two events comes as a float32.
+            self._seconds += self._last.elapsed_time(event) / 1000
+        self._last = event
+        return self._seconds
+
+
+CLOCK = DeviceClock() if torch.cuda.is_available() else time.perf_counter
+"""What rounds of steps are timed by."""
+
+
 def median_seconds(benchmark: BenchmarkFixture) -> float:
     """The median of what the fixture measured; nan where measuring is off (--benchmark-disable)."""
     stats: Any = benchmark.stats
     return math.nan if stats is None else stats["median"]
 
 
-def gate(first: Ratio, at_least: float, again: Callable[[], Ratio]) -> None:
-    """Fails if the speedup stays under its bound in all attempts; shows both medians."""
+def gate(first: Ratio, again: Callable[[], Ratio], *, speedup: float = 0, seconds: float = math.inf) -> None:
+    """Fails if all attempts miss a bound, the least speedup or the most seconds of ours; shows all medians."""
     ratios = [first]
-    while ratios[-1].speedup < at_least and len(ratios) < ATTEMPTS:
+
+    def holds() -> bool:
+        return ratios[-1].speedup >= speedup and ratios[-1].ours <= seconds
+
+    while not holds() and len(ratios) < ATTEMPTS:
         ratios.append(again())
-    assert ratios[-1].speedup >= at_least, (
-        f"faster by {', '.join(f'{ratio.speedup:.2f}' for ratio in ratios)} in {len(ratios)} attempts, "
-        f"expected {at_least}; medians of the last: ours {ratios[-1].ours:.3g} s, theirs {ratios[-1].theirs:.3g} s"
+    attempts = "; ".join(
+        f"{ratio.speedup:.2f} times faster, ours {ratio.ours:.3g} s, theirs {ratio.theirs:.3g} s" for ratio in ratios
     )
+    assert holds(), f"expected {speedup} times faster, and at most {seconds:.3g} s; found in turn {attempts}"
+
+
+def peak_memory(call: Call) -> int:
+    """Bytes of the tensors made by a call that are alive at once, on the CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call()
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    alive: dict[int, int] = {}
+    most = total = 0
+    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        # A tensor from before the call is none of its own, and its end does not count.
+        total += size if size > 0 else -alive.pop(address, 0)
+        if size > 0:
+            alive[address] = size
+        most = max(most, total)
+    return most
 
 
 class Ceilings(NamedTuple):

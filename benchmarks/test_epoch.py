@@ -9,12 +9,15 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import hyperfunc as hf
 from benchmarks.baseline import LoopedHyperResNet, accuracy, loader, train_epoch, with_params_of
 from benchmarks.cases import LEARNING_RATE, STEPS_A_REPLAY, WEIGHT_DECAY
-from benchmarks.measure import median_seconds
+from benchmarks.conftest import device_name
+from benchmarks.measure import compare, gate, median_seconds
 from hyperfunc import capture, data, optim, precision, training, tree
 
 ON_GPU = torch.cuda.is_available()
 TRAIN, TEST, BATCH_SIZE = (50_000, 10_000, 128) if ON_GPU else (1024, 256, 128)
-WORKERS = 2
+
+MINUTES_AT_MOST = {"H100": 2}
+"""Gates by a part of the device's name: 200 epochs with their evaluations."""
 
 
 def pictures(count: int) -> data.Images:
@@ -61,8 +64,8 @@ def make_baseline(device: torch.device) -> Callable[[], float]:
     params, _ = hf.hyper_resnet(40).init(data.seeded_generator("benchmark"))
     network = with_params_of(LoopedHyperResNet(40), params).to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    train = loader(*pictures(TRAIN), BATCH_SIZE, train=True, workers=WORKERS)
-    test = loader(*pictures(TEST), 1000, train=False, workers=WORKERS)
+    train = loader(*pictures(TRAIN), BATCH_SIZE, train=True)
+    test = loader(*pictures(TEST), 1000, train=False)
 
     def run() -> float:
         train_epoch(network, optimizer, train, device)
@@ -78,8 +81,16 @@ def test_epoch(benchmark: BenchmarkFixture, device: torch.device, kind: str) -> 
     benchmark.extra_info["case"] = kind
     run = (make_ours if kind == "hyperfunc" else make_baseline)(device)
     benchmark.pedantic(run, rounds=3, iterations=1, warmup_rounds=1)
-    if not benchmark.disabled:
-        epoch_seconds = median_seconds(benchmark)
-        benchmark.extra_info["images_per_second"] = round(TRAIN / epoch_seconds)
-        if ON_GPU:
-            benchmark.extra_info["minutes_for_200_epochs"] = round(200 * epoch_seconds / 60, 2)
+    if benchmark.disabled:
+        return
+    epoch_seconds = median_seconds(benchmark)
+    benchmark.extra_info["images_per_second"] = round(TRAIN / epoch_seconds)
+    if kind == "baseline":
+        return
+    rival = make_baseline(device)
+    ratio = compare(run, rival, rounds=3)
+    benchmark.extra_info["times_faster"] = round(ratio.speedup, 2)
+    if ON_GPU:
+        benchmark.extra_info["minutes_for_200_epochs"] = round(200 * epoch_seconds / 60, 2)
+    for minutes in (most for name, most in MINUTES_AT_MOST.items() if name in device_name()):
+        gate(ratio, lambda: compare(run, rival, rounds=3), seconds=60 * minutes / 200)

@@ -1,6 +1,7 @@
 """A whole training step, augmentation and Adam included, by engine, width and batch size."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import hyperfunc as hf
 from benchmarks.cases import ENGINES, Engine, Race, make_step, skip_reason
 from benchmarks.conftest import device_name
 from benchmarks.measure import (
+    CLOCK,
     ROUNDS,
     Ceilings,
     Ratio,
@@ -17,6 +19,7 @@ from benchmarks.measure import (
     gate,
     in_steps,
     median_seconds,
+    peak_memory,
     rounds_of,
     seconds,
     work_per_image,
@@ -27,23 +30,32 @@ from hyperfunc.precision import LOW, Precision
 ON_GPU = torch.cuda.is_available()
 SIZES = [(1, 128), (2, 128), (1, 1024), (2, 1024)] if ON_GPU else [(1, 128), (1, 8), (2, 8)]
 
-GATES: dict[str, dict[tuple[Engine, int, int], float]] = {
-    "H100": {
-        ("vmapped", 1, 128): 4,
-        ("vmapped", 2, 128): 10,
-        ("compiled-graph", 1, 128): 25,
-        ("compiled-graph", 2, 128): 45,
-    },
-    "CPU": {("compiled", 1, 128): 1.4, ("compiled", 1, 8): 2.3},
-}
-"""By a part of the device's name: (engine, width, batch size) -> times faster than the looped baseline, at least."""
 
-IMAGES_PER_SECOND: dict[str, dict[tuple[Engine, int, int], float]] = {
-    "H100": {("compiled-graph", 1, 128): 100_000, ("compiled-graph", 2, 128): 70_000},
+class Gate(NamedTuple):
+    """How many times faster than the looped baseline, and how many pictures a second, at least."""
+
+    speedup: float
+    images_per_second: float = 0
+
+
+GATES: dict[str, dict[tuple[Engine, int, int], Gate]] = {
+    "H100": {
+        ("vmapped", 1, 128): Gate(4),
+        ("vmapped", 2, 128): Gate(10),
+        ("compiled-graph", 1, 128): Gate(25, 100_000),
+        ("compiled-graph", 2, 128): Gate(45, 70_000),
+    },
+    "CPU": {("compiled", 1, 128): Gate(1.6), ("compiled", 1, 8): Gate(3)},
+    "CPU with AVX512": {("compiled", 1, 128): Gate(1.7)},
 }
+"""By a part of the device's name, by (engine, width, batch size).
+
+At batch 128 a CPU does little but convolutions, which are the rival's too, and AVX-512 leaves the least time for them.
+"""
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize(("width", "batch_size"), SIZES)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_step(
@@ -51,6 +63,8 @@ def test_step(
 ) -> None:
     if reason := skip_reason(engine, device):
         pytest.skip(reason)
+    if engine == "plain" and not ON_GPU and (width, batch_size) != SIZES[0]:
+        pytest.skip("on the CPU at one size only, because compiling takes longer than all the rest")
     torch._dynamo.reset()
     benchmark.group = f"training step of 40-{width}, batch {batch_size}"
     if ON_GPU:
@@ -67,8 +81,9 @@ def test_step(
     info["precision"] = "fp32" if engine == "looped" else precision.choose("auto", device)
     info["images_per_second"] = round(batch_size / step_seconds)
     info["first_call_seconds"] = round(first, 2)
-    if ON_GPU:
-        info["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
+    # A graph's memory is taken when it is captured.
+    peak = torch.cuda.max_memory_allocated() if ON_GPU else peak_memory(race.call)
+    info["peak_memory_mib"] = round(peak / 2**20)
     plain = hf.resnet(40, width)
     work = work_per_image(hf.materialize(plain, *plain.init(data.seeded_generator("work"))))
     low = LOW.get(info["precision"])
@@ -90,22 +105,23 @@ def test_step(
     ratio = pairs()
     info["times_faster"] = round(ratio.speedup, 2)
     for bound in bounds:
-        gate(ratio, bound, pairs)
-    for named, floors in IMAGES_PER_SECOND.items():
-        if named in device_name() and case in floors:
-            assert info["images_per_second"] >= floors[case]
+        speed = bound.images_per_second
+        gate(ratio, pairs, speedup=bound.speedup, seconds=batch_size / speed if speed else math.inf)
 
 
 PRECISIONS: dict[str, list[Precision]] = {"cuda": ["fp32", "tf32", "bf16", "fp16"], "cpu": ["fp32", "bf16"]}
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("batch_size", [128, 1024] if ON_GPU else [8])
 @pytest.mark.parametrize("number_format", PRECISIONS["cuda" if ON_GPU else "cpu"])
 def test_precision(
     benchmark: BenchmarkFixture, device: torch.device, number_format: Precision, batch_size: int
 ) -> None:
     """The fastest engine in every precision."""
+    if not ON_GPU and "AVX512" not in device_name():
+        pytest.skip("a CPU without AVX-512 has no products of 16 bits, and imitates them slowly")
     torch._dynamo.reset()
     benchmark.group = f"training step of 40-1, batch {batch_size}, by precision"
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
