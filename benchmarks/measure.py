@@ -101,7 +101,17 @@ class DeviceClock:
 
 
 CLOCK = DeviceClock() if torch.cuda.is_available() else time.perf_counter
-"""What rounds of steps are timed by."""
+"""What all rounds are timed by, unless a benchmark has a clock of its own."""
+
+
+def time_rounds(benchmark: BenchmarkFixture, call: Call, repeat: int) -> None:
+    """Times `repeat` calls a round."""
+
+    def run() -> None:
+        for _ in range(repeat):
+            call()
+
+    benchmark.pedantic(run, rounds=10, iterations=1, warmup_rounds=2)
 
 
 def median_seconds(benchmark: BenchmarkFixture) -> float:

@@ -9,7 +9,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import hyperfunc as hf
 from benchmarks.cases import LEARNING_RATE, STEPS_A_REPLAY, WEIGHT_DECAY, pictures
-from benchmarks.measure import compare, median_seconds, rounds_of
+from benchmarks.measure import compare, median_seconds, rounds_of, time_rounds
 from hyperfunc import capture, data, optim, population, precision, training, tree
 
 ON_GPU = torch.cuda.is_available()
@@ -24,14 +24,7 @@ def test_seeds_in_one_step(benchmark: BenchmarkFixture, device: torch.device, co
     benchmark.group = f"training step of {DEPTH}-1, batch {BATCH_SIZE} a seed, by seeds in it"
     ours, theirs = trainings(count, device, together=True), trainings(count, device, together=False)
     repeat = rounds_of(ours, 0.2) if ON_GPU else 1
-
-    def run() -> None:
-        for _ in range(repeat):
-            ours()
-        if ON_GPU:
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(run, rounds=10, iterations=1, warmup_rounds=2)
+    time_rounds(benchmark, ours, repeat)
     if not benchmark.disabled:
         ratio = compare(ours, theirs, repeats=(repeat, repeat), rounds=20)
         info = benchmark.extra_info

@@ -8,10 +8,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import hyperfunc as hf
-from benchmarks.cases import ENGINES, Engine, Race, make_step, skip_reason
+from benchmarks.cases import ENGINES, Engine, make_step, skip_reason
 from benchmarks.conftest import device_name
 from benchmarks.measure import (
-    CLOCK,
     ROUNDS,
     Ceilings,
     Ratio,
@@ -22,6 +21,7 @@ from benchmarks.measure import (
     peak_memory,
     rounds_of,
     seconds,
+    time_rounds,
     work_per_image,
 )
 from hyperfunc import data, precision
@@ -55,7 +55,6 @@ At batch 128 a CPU does little but convolutions, which are the rival's too, and 
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize(("width", "batch_size"), SIZES)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_step(
@@ -72,7 +71,7 @@ def test_step(
     race = make_step(engine, 40, width, batch_size, device)
     first = seconds(race.call)
     repeat = rounds_of(race.call, 0.2) if ON_GPU else 1
-    time_it(benchmark, race, repeat)
+    time_rounds(benchmark, race.call, repeat)
     info: dict[str, Any] = benchmark.extra_info
     if benchmark.disabled:
         return
@@ -113,7 +112,6 @@ PRECISIONS: dict[str, list[Precision]] = {"cuda": ["fp32", "tf32", "bf16", "fp16
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("batch_size", [128, 1024] if ON_GPU else [8])
 @pytest.mark.parametrize("number_format", PRECISIONS["cuda" if ON_GPU else "cpu"])
 def test_precision(
@@ -129,7 +127,7 @@ def test_precision(
     try:
         race = make_step("compiled-graph" if ON_GPU else "compiled", 40, 1, batch_size, device, number_format)
         repeat = rounds_of(race.call, 0.2) if ON_GPU else 1
-        time_it(benchmark, race, repeat)
+        time_rounds(benchmark, race.call, repeat)
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
@@ -137,15 +135,3 @@ def test_precision(
         info: dict[str, Any] = benchmark.extra_info
         info |= {"case": number_format, "steps_per_round": repeat * race.steps}
         info["images_per_second"] = round(batch_size * race.steps * repeat / median_seconds(benchmark))
-
-
-def time_it(benchmark: BenchmarkFixture, race: Race, repeat: int) -> None:
-    """Times `repeat` calls a round."""
-
-    def run() -> None:
-        for _ in range(repeat):
-            race.call()
-        if ON_GPU:
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(run, rounds=10, iterations=1, warmup_rounds=2)
