@@ -56,12 +56,10 @@ def batch_norm(
     """
     pixels = input.permute(0, 2, 3, 1)
     within = (1, 2) if pixels[0].numel() <= CACHED else (2,)  # a part is a picture, or a row of one
-    size = pixels[0].numel() // pixels.shape[-1] if within == (1, 2) else pixels.shape[2]
-    count = input.numel() // input.shape[1]
-
     origin = (pixels[:, :1, :1] if within == (1, 2) else pixels[:, :, :1]).detach()
     offsets = pixels - origin
     sums, squares = offsets.sum(within, keepdim=True), offsets.square().sum(within, keepdim=True)
+    size, count = pixels.numel() // sums.numel(), pixels.numel() // pixels.shape[-1]
     means = origin + sums / size
     mean = means.mean((0, 1, 2))
     spread = (squares - sums.square() / size).sum((0, 1, 2)) / count
