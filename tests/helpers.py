@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import prepared
 import torch
 from PIL import Image
 from torch import Tensor
@@ -59,30 +60,26 @@ def train_command(*flags: str) -> list[str]:
 
 def run_train(
     *flags: str, cwd: Path, env: Mapping[str, str] | None = None, **options: Any
-) -> subprocess.CompletedProcess[str]:
-    """Runs train.py to its end as a user would."""
+) -> "subprocess.CompletedProcess[str]":
+    """Runs train.py to its end as a user would; with options of subprocess in a process started for it."""
+    env = {**os.environ, **ONE_THREAD, **(env or {})}
+    if not options:
+        return prepared.run(train_command(*flags), cwd=cwd, env=env)
     return subprocess.run(
         train_command(*flags),
         cwd=cwd,
-        env={**os.environ, **ONE_THREAD, **(env or {})},
+        env=env,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=prepared.SECONDS,
         check=False,
         **options,
     )
 
 
-def start_train(*flags: str, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+def start_train(*flags: str, cwd: Path, env: Mapping[str, str] | None = None) -> prepared.Process:
     """Starts train.py, with all that it writes in one stream."""
-    return subprocess.Popen(
-        train_command(*flags),
-        cwd=cwd,
-        env={**os.environ, **ONE_THREAD, **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return prepared.Process(train_command(*flags), cwd=cwd, env={**os.environ, **ONE_THREAD, **(env or {})})
 
 
 def interrupt_train(
@@ -98,7 +95,6 @@ def interrupt_train(
     The seconds include the `delay` between that line and the signal.
     """
     process = start_train(*flags, cwd=cwd, env=env)
-    assert process.stdout is not None
     output = ""
     for line in process.stdout:
         output += line
@@ -108,6 +104,7 @@ def interrupt_train(
     time.sleep(delay)
     process.send_signal(number)
     output += process.communicate(timeout=60)[0]
+    assert process.returncode is not None
     return process.returncode, output, time.monotonic() - seen
 
 
