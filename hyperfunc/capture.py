@@ -41,6 +41,9 @@ def compile_step(step: Evaluation, batch: Any) -> Evaluation:
     on_cuda = _on_cuda(batch)
     if on_cuda:
         options |= torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
+    else:
+        # A sum that several passes need, such as the gradient behind a ReLU, is stored and not made again in each.
+        options["realize_reads_threshold"] = 2
     if hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):  # and with it this option, since torch 2.8
         options["guard_filter_fn"] = _on_arguments
 

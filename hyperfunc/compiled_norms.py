@@ -3,6 +3,10 @@
 Inductor computes the statistics of a batch norm channel by channel: in channels_last order every few channels are one
 more walk over the whole activation, with the dependent chain of Welford's updates on the way. Here each picture gives
 sums of its own, for which it is read once while it lies in the cache, and these few numbers are then put together.
+
+Inductor writes what belongs to a channel into the loop over the pixels, and computes it again for each of them. So such
+numbers are products by constants, not quotients, and the standard deviation, which takes a root, is the exponential of
+a logarithm, which Inductor holds to be worth keeping.
 """
 
 from collections.abc import Callable, Iterable
@@ -60,16 +64,17 @@ def batch_norm(
     offsets = pixels - origin
     sums, squares = offsets.sum(within, keepdim=True), offsets.square().sum(within, keepdim=True)
     size, count = pixels.numel() // sums.numel(), pixels.numel() // pixels.shape[-1]
-    means = origin + sums / size
-    mean = means.mean((0, 1, 2))
-    spread = (squares - sums.square() / size).sum((0, 1, 2)) / count
-    variance = spread + (means - mean).square().mean((0, 1, 2))
+    share = size / count  # of one part in the whole
+    means = origin + sums * (1 / size)
+    mean = (means * share).sum((0, 1, 2))
+    spread = (squares - sums.square() * (1 / size)) * (1 / count)
+    variance = (spread + (means - mean).square() * share).sum((0, 1, 2))
 
     running_mean.copy_(torch.lerp(running_mean, mean.detach(), momentum))
     # The running variance is the unbiased one, as in torch.
     running_var.copy_(torch.lerp(running_var, variance.detach() * (count / max(count - 1, 1)), momentum))
 
-    scale = torch.rsqrt(variance + eps)
+    scale = torch.exp(-0.5 * torch.log(variance + eps))
     if weight is not None:
         scale = scale * weight
     # The mean as a constant, and its gradient through a term that is zero: it then is a product of sums that the
