@@ -8,13 +8,13 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import hyperfunc as hf
 from benchmarks.baseline import LoopedHyperResNet, accuracy, loader, train_epoch, with_params_of
-from benchmarks.cases import LEARNING_RATE, STEPS_A_REPLAY, WEIGHT_DECAY
+from benchmarks.cases import BATCHES, LEARNING_RATE, STEPS_A_REPLAY, WEIGHT_DECAY, make_optimizer
 from benchmarks.conftest import device_name
 from benchmarks.measure import compare, gate, median_seconds
-from hyperfunc import capture, data, optim, precision, training, tree
+from hyperfunc import capture, data, precision, training, tree
 
 ON_GPU = torch.cuda.is_available()
-TRAIN, TEST, BATCH_SIZE = (50_000, 10_000, 128) if ON_GPU else (1024, 256, 128)
+TRAIN, TEST, BATCH_SIZE = (50_000, 10_000, 128) if ON_GPU else (BATCHES * 128, 128, 128)
 
 MINUTES_AT_MOST = {"H100": 2}
 """Gates by a part of the device's name: 200 epochs with their evaluations."""
@@ -29,10 +29,10 @@ def pictures(count: int) -> data.Images:
 def make_ours(device: torch.device) -> Callable[[], float]:
     """An epoch by the fastest engine for a long run."""
     model = hf.hyper_resnet(40)
-    optimizer = optim.adam(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     normalization = tree.to(data.measure(pictures(TRAIN)), device)
     train, test = tree.to(pictures(TRAIN), device), tree.to(pictures(TEST), device)
     number_format = precision.choose("auto", device)
+    optimizer = make_optimizer(number_format)
     load = data.make_train_load(train, normalization)
     step = training.make_train_step(model, optimizer, load=load, precision=number_format)
     state = tree.to(training.init_state(model, optimizer, data.seeded_generator("benchmark")), device)

@@ -8,9 +8,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import hyperfunc as hf
-from benchmarks.cases import LEARNING_RATE, STEPS_A_REPLAY, WEIGHT_DECAY, pictures
+from benchmarks.cases import STEPS_A_REPLAY, make_optimizer, pictures
 from benchmarks.measure import compare, median_seconds, rounds_of, time_rounds
-from hyperfunc import capture, data, optim, population, precision, training, tree
+from hyperfunc import capture, data, population, precision, training, tree
 
 ON_GPU = torch.cuda.is_available()
 DEPTH, BATCH_SIZE = (40, 128) if ON_GPU else (10, 8)
@@ -37,7 +37,7 @@ def trainings(count: int, device: torch.device, *, together: bool) -> Callable[[
     """A call that takes so many runs on by `STEPS`, by the engine that train.py takes on a GPU, else as it is."""
     model = hf.hyper_resnet(DEPTH)
     number_format = precision.choose("auto", device)
-    optimizer = optim.adam(optim.multistep(LEARNING_RATE, 200, 391), weight_decay=WEIGHT_DECAY)
+    optimizer = make_optimizer(number_format)
     given = pictures(device, STEPS * BATCH_SIZE)
     seeds = [data.seeded_generator("benchmark", seed) for seed in range(count)]
     states = [tree.to(training.init_state(model, optimizer, seed), device) for seed in seeds]

@@ -60,10 +60,8 @@ At batch 128 a CPU does little but convolutions, which are the rival's too, and 
 def test_step(
     benchmark: BenchmarkFixture, device: torch.device, ceilings: Ceilings, engine: Engine, width: int, batch_size: int
 ) -> None:
-    if reason := skip_reason(engine, device):
+    if reason := skip_reason(engine, width, device):
         pytest.skip(reason)
-    if engine == "plain" and not ON_GPU and (width, batch_size) != SIZES[0]:
-        pytest.skip("on the CPU at one size only, because compiling takes longer than all the rest")
     torch._dynamo.reset()
     benchmark.group = f"training step of 40-{width}, batch {batch_size}"
     if ON_GPU:
