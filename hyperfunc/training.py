@@ -90,15 +90,12 @@ def make_train_step(
     Raises:
         ValueError: `decay` is unknown, or `weight_decay` is given where it would be ignored.
     """
-    objective = _make_objective(model, decay, weight_decay, precision, summed=reduce is not None)
-    step_seed = _make_step_seed(model, seed)
-    constant = () if weight_decay else _silent_biases(model)
+    gradient = _make_gradient(model, decay, weight_decay, precision, seed, summed=reduce is not None)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         images, labels = load(batch)
         scale = state.opt_state.scale if isinstance(state.opt_state, Scaled) else None
-        function = objective(state.batch_stats, images, labels, scale, step_seed(state))
-        grads, (loss, logits, batch_stats) = _gradient(function, state.params, (state, images), constant)
+        grads, (loss, logits, batch_stats) = gradient(state, images, labels, scale)
         metrics = _metrics(loss * len(labels), logits, labels)
         if reduce is not None:
             grads, batch_stats, metrics = reduce(len(labels), grads, batch_stats, metrics)
@@ -144,14 +141,11 @@ def make_gradients(
 ) -> Callable[[TrainState, Any], Params]:
     """Builds `gradients(state, batch) -> params`, what a train step of the same arguments gives to its optimizer, but
     for a scale of the loss."""
-    objective = _make_objective(model, decay, weight_decay, precision, summed=reduce is not None)
-    step_seed = _make_step_seed(model, seed)
-    constant = () if weight_decay else _silent_biases(model)
+    gradient = _make_gradient(model, decay, weight_decay, precision, seed, summed=reduce is not None)
 
     def gradients(state: TrainState, batch: Any) -> Params:
         images, labels = load(batch)
-        function = objective(state.batch_stats, images, labels, None, step_seed(state))
-        grads, (loss, logits, batch_stats) = _gradient(function, state.params, (state, images), constant)
+        grads, (loss, logits, batch_stats) = gradient(state, images, labels, None)
         if reduce is not None:
             grads, _, _ = reduce(len(labels), grads, batch_stats, _metrics(loss, logits, labels))
         return grads
@@ -210,8 +204,26 @@ def evaluate(
     return total
 
 
-Objective = Callable[[Params], tuple[Tensor, tuple[Tensor, Tensor, BatchStats]]]
-"""What training descends, and beside it the loss, the logits and the new statistics."""
+Beside = tuple[Tensor, Tensor, BatchStats]
+"""The loss, the logits and the new statistics."""
+
+Objective = Callable[[Params], tuple[Tensor, Beside]]
+"""What training descends, and what comes beside it."""
+
+
+def _make_gradient(
+    model: Model, decay: str, weight_decay: float, precision: Precision, seed: int, *, summed: bool
+) -> Callable[[TrainState, Tensor, Tensor, Tensor | None], tuple[Params, Beside]]:
+    """Builds `gradient(state, images, labels, scale)`, of the objective of `_make_objective`."""
+    objective = _make_objective(model, decay, weight_decay, precision, summed=summed)
+    step_seed = _make_step_seed(model, seed)
+    constant = () if weight_decay else _silent_biases(model)
+
+    def gradient(state: TrainState, images: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Params, Beside]:
+        function = objective(state.batch_stats, images, labels, scale, step_seed(state))
+        return _gradient(function, state.params, (state, images), constant)
+
+    return gradient
 
 
 def _make_objective(
@@ -231,7 +243,7 @@ def _make_objective(
         old_stats: BatchStats, images: Tensor, labels: Tensor, scale: Tensor | None, seed: Seed | None
     ) -> Objective:
         # The batch is closed over: torch.func.grad would wrap arguments, and wrapped statistics are copied one by one.
-        def function(params: Params) -> tuple[Tensor, tuple[Tensor, Tensor, BatchStats]]:
+        def function(params: Params) -> tuple[Tensor, Beside]:
             with autocast(precision, images.device):
                 weights = model.weights(params)
                 constant = {name: weights[name].detach() for name in silent}
@@ -269,9 +281,7 @@ def _silent_biases(model: Model) -> tuple[str, ...]:
     return model.module.biases_before_norms if isinstance(model.module, ResNet) else ()
 
 
-def _gradient(
-    function: Objective, params: Params, inputs: Any, constant: tuple[str, ...]
-) -> tuple[Params, tuple[Tensor, Tensor, BatchStats]]:
+def _gradient(function: Objective, params: Params, inputs: Any, constant: tuple[str, ...]) -> tuple[Params, Beside]:
     """`torch.func.grad(function, has_aux=True)(params)`, which keeps all that the way forward has stored to the end,
     because its result may be differentiated again. Where nobody does that, by any of `inputs`, it is freed on the way
     back.
@@ -297,9 +307,7 @@ def _gradient(
     return with_primary(gradients, {name: found[name] for name in params.primary}), aux
 
 
-def _whole_gradient(
-    function: Objective, params: Params, inputs: Any
-) -> tuple[Params, tuple[Tensor, Tensor, BatchStats]]:
+def _whole_gradient(function: Objective, params: Params, inputs: Any) -> tuple[Params, Beside]:
     if torch.compiler.is_compiling() or tree.is_differentiated(inputs):
         return grad(function, has_aux=True)(params)
     answer: Any = vjp(function, params, has_aux=True)

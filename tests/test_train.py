@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import (
     RunHere,
+    assert_compiled_run_equals_eager_one,
     assert_refused,
     assert_trees_equal,
     interrupt_train,
@@ -280,16 +281,7 @@ def test_every_kind_of_run_starts(folder: Path, tmp_path: Path, run_here: RunHer
 
 
 def test_a_compiled_run_trains_the_same_network(folder: Path, tmp_path: Path) -> None:
-    rows = []
-    for engine in ("eager", "compiled"):
-        flags = small(folder, "--epochs", "1", "--checkpoint-path", engine, "--engine", engine)
-        done = run_train(*flags, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert f"engine       {engine}" in done.stdout
-        rows.append(checkpoint.load(tmp_path / engine).notes["progress"]["history"][0])
-    eager, compiled = rows
-    # Rounding differs, and in float32 Adam makes percents of that within a few steps.
-    assert compiled["train/loss"] == pytest.approx(eager["train/loss"], rel=0.05)
+    assert_compiled_run_equals_eager_one(*small(folder), cwd=tmp_path)
 
 
 @pytest.mark.parametrize(("engine", "code"), [("auto", 0), ("compiled", 1)])
