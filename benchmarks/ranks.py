@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 
 import hyperfunc as hf
-from benchmarks.cases import LEARNING_RATE, WEIGHT_DECAY, pictures
+from benchmarks.cases import make_optimizer, pictures
 from benchmarks.measure import seconds
-from hyperfunc import capture, data, distributed, launch, optim, sync_norm, training, tree
+from hyperfunc import capture, data, distributed, launch, sync_norm, training, tree
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE_BYTES = 2**26
@@ -65,7 +65,7 @@ def make_step(
     model = hf.hyper_resnet(40, program.width)
     if program.sync_bn and reduced:
         model = sync_norm.synchronize(model)
-    optimizer = optim.adam(optim.multistep(LEARNING_RATE, 200, 391), weight_decay=WEIGHT_DECAY)
+    optimizer = make_optimizer("fp32")
     load = data.make_train_load(given.images, given.normalization)
     step = training.make_train_step(
         model, optimizer, load=lambda draw: load(ranks.part(draw)), reduce=ranks.reduce if reduced else None

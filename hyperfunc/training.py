@@ -215,9 +215,10 @@ def _make_gradient(
     model: Model, decay: str, weight_decay: float, precision: Precision, seed: int, *, summed: bool
 ) -> Callable[[TrainState, Tensor, Tensor, Tensor | None], tuple[Params, Beside]]:
     """Builds `gradient(state, images, labels, scale)`, of the objective of `_make_objective`."""
-    objective = _make_objective(model, decay, weight_decay, precision, summed=summed)
+    silent = _silent_biases(model)
+    objective = _make_objective(model, decay, weight_decay, precision, silent, summed=summed)
     step_seed = _make_step_seed(model, seed)
-    constant = () if weight_decay else _silent_biases(model)
+    constant = () if weight_decay else silent
 
     def gradient(state: TrainState, images: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Params, Beside]:
         function = objective(state.batch_stats, images, labels, scale, step_seed(state))
@@ -227,9 +228,10 @@ def _make_gradient(
 
 
 def _make_objective(
-    model: Model, decay: str, weight_decay: float, precision: Precision, *, summed: bool
+    model: Model, decay: str, weight_decay: float, precision: Precision, silent: tuple[str, ...], *, summed: bool
 ) -> Callable[..., Objective]:
-    """Builds `objective(batch_stats, images, labels, scale, seed)`: the mean over that batch, or (`summed`) the sum."""
+    """Builds `objective(batch_stats, images, labels, scale, seed)`: the mean over that batch, or (`summed`) the sum. Of
+    the parameters named in `silent` it depends by their decay alone."""
     if decay not in get_args(Decay):
         raise ValueError(f"decay: got {decay!r}, expected one of {', '.join(get_args(Decay))}")
     if decay == "parameters" and weight_decay:
@@ -237,7 +239,6 @@ def _make_objective(
             f"weight_decay: got {weight_decay} with decay='parameters'; give it to the optimizer, "
             "or choose decay='generated'"
         )
-    silent = _silent_biases(model)
 
     def objective(
         old_stats: BatchStats, images: Tensor, labels: Tensor, scale: Tensor | None, seed: Seed | None

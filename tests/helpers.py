@@ -61,14 +61,16 @@ def train_command(*flags: str) -> list[str]:
 def run_train(
     *flags: str, cwd: Path, env: Mapping[str, str] | None = None, **options: Any
 ) -> "subprocess.CompletedProcess[str]":
-    """Runs train.py to its end as a user would; with options of subprocess in a process started for it."""
-    env = {**os.environ, **ONE_THREAD, **(env or {})}
-    if not options:
-        return prepared.run(train_command(*flags), cwd=cwd, env=env)
+    """Runs train.py to its end as a user would; in a process started for it where options of subprocess are given, or
+    variables that Python reads when it starts."""
+    env = env or {}
+    whole = {**os.environ, **ONE_THREAD, **env}
+    if not options and not any(name.startswith("PYTHON") for name in env):
+        return prepared.run(train_command(*flags), cwd=cwd, env=whole)
     return subprocess.run(
         train_command(*flags),
         cwd=cwd,
-        env=env,
+        env=whole,
         capture_output=True,
         text=True,
         timeout=prepared.SECONDS,
