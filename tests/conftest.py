@@ -40,15 +40,17 @@ def run_here(
 ) -> Callable[..., "subprocess.CompletedProcess[str]"]:
     """`helpers.run_train` without a process of its own, which takes seconds to import torch."""
     # Not above: what these import must be imported after the hook.
+    import prepared
     from helpers import train_command
 
     import train
 
     monkeypatch.chdir(tmp_path)
 
-    def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    def run(*flags: str, drawn: bool = False) -> subprocess.CompletedProcess[str]:
         capsys.readouterr()
-        code = train.main(train_command(*flags)[2:])
+        with prepared.drawing(drawn):
+            code = train.main(train_command(*flags)[2:])
         return subprocess.CompletedProcess(flags, code, *capsys.readouterr())
 
     return run

@@ -59,14 +59,14 @@ def train_command(*flags: str) -> list[str]:
 
 
 def run_train(
-    *flags: str, cwd: Path, env: Mapping[str, str] | None = None, **options: Any
+    *flags: str, cwd: Path, env: Mapping[str, str] | None = None, drawn: bool = False, **options: Any
 ) -> "subprocess.CompletedProcess[str]":
     """Runs train.py to its end as a user would; in a process started for it where options of subprocess are given, or
-    variables that Python reads when it starts."""
+    variables that Python reads when it starts. The others draw their curves where that is asked for."""
     env = env or {}
     whole = {**os.environ, **ONE_THREAD, **env}
     if not options and not any(name.startswith("PYTHON") for name in env):
-        return prepared.run(train_command(*flags), cwd=cwd, env=whole)
+        return prepared.run(train_command(*flags), cwd=cwd, env=whole, drawn=drawn)
     return subprocess.run(
         train_command(*flags),
         cwd=cwd,

@@ -2,10 +2,12 @@
 
 Importing torch, and at the first call of torch.func its compiler, takes longer than all that a small run does. The
 process that is forked does nothing but import, so that a run begins as it would have done; what depends on the start of
-Python itself, or on a shell, needs a real one.
+Python itself, or on a shell, needs a real one. Nor are the curves drawn where nobody looks at them: the process that
+draws imports matplotlib, and takes as long as all the rest.
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -32,7 +34,7 @@ class Process:
     def __init__(self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str]) -> None:
         ours, theirs = os.pipe()
         self.stdout: IO[str] = os.fdopen(ours, encoding="utf-8")
-        self._process = _start(command, cwd, env, theirs, theirs)
+        self._process = _start(command, cwd, env, theirs, theirs, drawn=False)
         os.close(theirs)
 
     @property
@@ -57,10 +59,12 @@ class Process:
         return output, None
 
 
-def run(command: Sequence[str], *, cwd: Path, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+def run(
+    command: Sequence[str], *, cwd: Path, env: Mapping[str, str], drawn: bool = False
+) -> "subprocess.CompletedProcess[str]":
     """Runs the program to its end."""
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = _start(command, cwd, env, output.fileno(), errors.fileno())
+        process = _start(command, cwd, env, output.fileno(), errors.fileno(), drawn=drawn)
         process.join(SECONDS)
         if process.exitcode is None:
             process.kill()
@@ -70,13 +74,18 @@ def run(command: Sequence[str], *, cwd: Path, env: Mapping[str, str]) -> "subpro
         return subprocess.CompletedProcess(list(command), process.exitcode, output.read(), errors.read())
 
 
-def _start(command: Sequence[str], cwd: Path, env: Mapping[str, str], output: int, errors: int) -> Any:
+def drawing(drawn: bool) -> contextlib.AbstractContextManager[Any]:
+    """A context in which runs in this process draw their curves, or do not."""
+    return contextlib.nullcontext() if drawn else mock.patch("hyperfunc.curves.RESTARTS", 0)
+
+
+def _start(command: Sequence[str], cwd: Path, env: Mapping[str, str], output: int, errors: int, *, drawn: bool) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     # Libraries read it when they are imported.
     with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": env["OMP_NUM_THREADS"]}):
         forkserver.ensure_running()
-    process = context.Process(target=_Run(list(command), str(cwd), dict(env), output, errors))
+    process = context.Process(target=_Run(list(command), str(cwd), dict(env), output, errors, drawn))
     process.start()
     return process
 
@@ -84,8 +93,10 @@ def _start(command: Sequence[str], cwd: Path, env: Mapping[str, str], output: in
 class _Run:
     """Is pickled for the process that it is called in, and its files with it."""
 
-    def __init__(self, command: list[str], cwd: str, env: dict[str, str], output: int, errors: int) -> None:
-        self.command, self.cwd, self.env = command, cwd, env
+    def __init__(
+        self, command: list[str], cwd: str, env: dict[str, str], output: int, errors: int, drawn: bool
+    ) -> None:
+        self.command, self.cwd, self.env, self.drawn = command, cwd, env, drawn
         self.files = output, errors
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,7 +114,8 @@ class _Run:
         sys.argv = [program, *flags]
         sys.path.insert(0, str(Path(program).parent))
         try:
-            runpy.run_path(program, run_name="__main__")
+            with drawing(self.drawn):
+                runpy.run_path(program, run_name="__main__")
         finally:
             atexit._run_exitfuncs()
             sys.stdout.flush()

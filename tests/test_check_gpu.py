@@ -10,12 +10,9 @@ from helpers import ROOT
 from hyperfunc import check_gpu
 
 
-def run(path_prefix: Path | None = None) -> subprocess.CompletedProcess[str]:
-    env = dict(os.environ)
-    if path_prefix is not None:
-        env["PATH"] = f"{path_prefix}{os.pathsep}{env['PATH']}"
+def run() -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "hyperfunc.check_gpu"], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "hyperfunc.check_gpu"], cwd=ROOT, capture_output=True, text=True, check=False
     )
 
 
@@ -36,14 +33,17 @@ def test_without_a_gpu_the_cpu_trains_a_step() -> None:
         ("echo 'Could not communicate with the NVIDIA driver.'; exit 9", "nvidia-smi says: Could not communicate"),
     ],
 )
-def test_a_gpu_that_torch_cannot_use_is_a_failure_with_a_remedy(tmp_path: Path, script: str, found: str) -> None:
+def test_a_gpu_that_torch_cannot_use_is_a_failure_with_a_remedy(
+    script: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     smi = tmp_path / "nvidia-smi"
     smi.write_text(f"#!/bin/sh\n{script}\n")
     smi.chmod(0o755)
-    done = run(tmp_path)
-    assert done.returncode == 1
-    assert f"FAILED   an NVIDIA GPU is present ({found}" in done.stdout
-    assert "CUDA" in done.stdout.split("but torch can use none:")[1]
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert check_gpu.main() == 1
+    output = capsys.readouterr().out
+    assert f"FAILED   an NVIDIA GPU is present ({found}" in output
+    assert "CUDA" in output.split("but torch can use none:")[1]
 
 
 @pytest.mark.gpu

@@ -53,7 +53,8 @@ def test_an_earlier_run_is_kept_under_a_name_that_nobody_took_meanwhile(
 def test_runs_of_one_stem_have_files_of_their_own(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
     for seed in (1, 2):
         path = f"run.seed{seed}"
-        assert run_here(*small(folder, "--epochs", "1", "--seed", str(seed), "--checkpoint-path", path)).returncode == 0
+        flags = small(folder, "--epochs", "1", "--seed", str(seed), "--checkpoint-path", path)
+        assert run_here(*flags, drawn=True).returncode == 0
     expected = [f"run.seed{seed}{ending}" for seed in (1, 2) for ending in ("", ".metrics.jsonl", ".png")]
     assert names_in(tmp_path) == expected
 

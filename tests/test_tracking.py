@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
+import prepared
 import pytest
 import torch
 from helpers import ONE_THREAD, make_folder, run_train, train_command
@@ -39,17 +40,11 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def tracked(*flags: str, cwd: Path, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
     """Runs train.py with tracking, in an environment without any other setting for it."""
-    command = [flag for flag in train_command("--checkpoint-path", "run.pth", *flags) if flag != "--no-wandb"]
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        env=clean(env),
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    return prepared.run(tracked_command(*flags), cwd=cwd, env=clean(env))
+
+
+def tracked_command(*flags: str) -> list[str]:
+    return [flag for flag in train_command("--checkpoint-path", "run.pth", *flags) if flag != "--no-wandb"]
 
 
 def clean(env: Mapping[str, str]) -> dict[str, str]:
@@ -249,15 +244,8 @@ def test_the_environment_of_wandb_is_respected(tmp_path: Path, flags: list[str])
 
 
 def test_without_a_key_the_run_is_kept_offline_and_nothing_is_asked(tmp_path: Path, flags: list[str]) -> None:
-    command = [
-        flag for flag in train_command(*flags, "--epochs", "1", "--checkpoint-path", "run.pth") if flag != "--no-wandb"
-    ]
-    program = [
-        "env",
-        *(f"--unset={name}" for name in os.environ if name.startswith("WANDB_")),
-        "NETRC=/dev/null",
-        *command,
-    ]
+    unset = [f"--unset={name}" for name in os.environ if name.startswith("WANDB_")]
+    program = ["env", *unset, "NETRC=/dev/null", *tracked_command(*flags, "--epochs", "1")]
     code, text = on_a_terminal(program, tmp_path)
     assert code == 0, text
     assert "offline, no key was found; to send the run later: wandb sync" in " ".join(text.split())
@@ -271,12 +259,9 @@ def test_a_full_disk_for_its_files_does_not_stop_training(tmp_path: Path, flags:
     mount = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=16k tmpfs "$0" && exec "$@"', str(small)]
     if subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
         pytest.skip("mounting is not permitted here")
-    command = [
-        flag for flag in train_command(*flags, "--epochs", "1", "--checkpoint-path", "run.pth") if flag != "--no-wandb"
-    ]
     begin = time.monotonic()
     done = subprocess.run(
-        [*mount, *command],
+        [*mount, *tracked_command(*flags, "--epochs", "1")],
         cwd=tmp_path,
         env=clean({**OFFLINE, "WANDB_DIR": str(small)}),
         capture_output=True,
@@ -300,9 +285,8 @@ def test_no_server_can_hold_up_or_end_a_run(tmp_path: Path, flags: list[str]) ->
         for kind in kinds:
             env = clean(servers.enter_context(wandb_server(kind)))
             (tmp_path / kind).mkdir()
-            command = train_command(*flags, "--epochs", "1", "--checkpoint-path", "run.pth", "--histogram-every", "0")
             processes[kind] = subprocess.Popen(
-                [flag for flag in command if flag != "--no-wandb"],
+                tracked_command(*flags, "--epochs", "1", "--histogram-every", "0"),
                 cwd=tmp_path / kind,
                 env=env,
                 stdout=subprocess.PIPE,
@@ -344,17 +328,8 @@ def test_a_server_that_works_gets_every_row(tmp_path: Path, flags: list[str]) ->
 
 
 def test_a_signal_is_obeyed_at_once_while_a_server_is_waited_for(tmp_path: Path, flags: list[str]) -> None:
-    command = train_command(*flags, "--epochs", "1", "--checkpoint-path", "run.pth")
     with wandb_server("silent") as env:
-        process = subprocess.Popen(
-            [flag for flag in command if flag != "--no-wandb"],
-            cwd=tmp_path,
-            env=clean(env),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert process.stdout is not None
+        process = prepared.Process(tracked_command(*flags, "--epochs", "1"), cwd=tmp_path, env=clean(env))
         for line in process.stdout:
             if "saved run.pth" in line:
                 break
@@ -373,9 +348,8 @@ def test_training_goes_on_where_wandb_is_not_installed(tmp_path: Path) -> None:
     (tmp_path / "absent").mkdir()
     (tmp_path / "absent/wandb.py").write_text("raise ImportError('no module named wandb')")
     flags = ["--dataset", "folder", "--data-dir", str(folder), "--batch-size", "8", "--epochs", "1"]
-    command = [flag for flag in train_command(*flags) if flag != "--no-wandb"]
     done = subprocess.run(
-        command,
+        tracked_command(*flags),
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path / "absent")},
         capture_output=True,

@@ -191,7 +191,7 @@ def test_every_flag_refuses_every_wrong_value(
 
 
 def test_a_run_prints_and_saves_what_it_should(folder: Path, tmp_path: Path) -> None:
-    done = run_train(*small(folder, "--epochs", "2", "--checkpoint_path", "run.pth"), cwd=tmp_path)
+    done = run_train(*small(folder, "--epochs", "2", "--checkpoint_path", "run.pth"), cwd=tmp_path, drawn=True)
     assert done.returncode == 0, done.stderr
     out = done.stdout
     assert "device       cpu" in out
@@ -272,7 +272,7 @@ def test_every_kind_of_run_starts(folder: Path, tmp_path: Path, run_here: RunHer
         ["--schedule", "constant", "--shortcut", "conv", "--z-dim", "16", "--hidden-dim", "8", "--train-size", "50"],
     ]
     for variant in variants:
-        done = run_here(*small(folder, "--epochs", "1", "--checkpoint-path", "run.pth", *variant))
+        done = run_here(*small(folder, "--epochs", "1", "--checkpoint-path", "run.pth", *variant), drawn=True)
         assert done.returncode == 0, done.stderr
     # Each run begins anew and keeps what the one before it saved and showed.
     assert names_in(tmp_path) == sorted(
@@ -603,7 +603,7 @@ def test_a_link_into_a_folder_that_is_not_there_yet(folder: Path, tmp_path: Path
 
 def test_a_full_disk_keeps_the_earlier_checkpoint_and_ends_with_1(folder: Path, tmp_path: Path) -> None:
     flags = small(folder, "--checkpoint-path", "run.pth", "--schedule", "constant")
-    assert run_train(*flags, "--epochs", "1", cwd=tmp_path).returncode == 0
+    assert run_train(*flags, "--epochs", "1", cwd=tmp_path, drawn=True).returncode == 0
     before = (tmp_path / "run.pth").read_bytes()
 
     def fill_disk() -> None:
@@ -640,7 +640,7 @@ def test_a_state_that_is_not_finite_is_never_saved(folder: Path, tmp_path: Path,
     assert_refused(done, "epoch 1, batch 1; ", code=1)
     assert "nothing was saved" in done.stderr
     assert (tmp_path / "run.pth").read_bytes() == before
-    assert names_in(tmp_path) == ["run.1.metrics.jsonl", "run.1.png", "run.metrics.jsonl", "run.pth"]
+    assert names_in(tmp_path) == ["run.1.metrics.jsonl", "run.metrics.jsonl", "run.pth"]
 
 
 def test_a_signal_during_the_evaluation_is_obeyed_and_lost_nothing(folder: Path, tmp_path: Path) -> None:
