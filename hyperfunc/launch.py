@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,22 @@ def signals_to_hand_on() -> list[str]:
     return [name for name in SIGNALS if name != "SIGHUP" or not hung_up]
 
 
+@contextlib.contextmanager
+def _unhandled(number: signal.Signals) -> Iterator[None]:
+    """A context in which nothing can set another handler for a signal: older versions of torch handle whatever they
+    know, whatever they are told. To block it would not do, because a thread of some library would still take it."""
+    set_handler = signal.signal
+
+    def set_other(which: int, handler: Any) -> Any:
+        return signal.getsignal(which) if which == number else set_handler(which, handler)
+
+    signal.signal = set_other
+    try:
+        yield
+    finally:
+        signal.signal = set_handler
+
+
 def has_said_why(logs: Path) -> bool:
     """Whether a rank of the last start has left the reason why it ended, by torch's elastic error file."""
     starts = {int(path.name.removeprefix("attempt_")): path for path in logs.glob("*/attempt_*")}
@@ -150,9 +166,7 @@ def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int, 
         stack.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.CRITICAL)
         if "SIGHUP" not in handed_on:
-            # Older versions of torch handle it whatever they are told. What came meanwhile is ignored afterwards.
-            stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+            stack.enter_context(_unhandled(signal.SIGHUP))
         for number in map(signal.Signals.__getitem__, SIGNALS):
             stack.callback(signal.signal, number, signal.getsignal(number))
         try:
