@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
         elif item.get_closest_marker("traced") and SHAPE_CHECKS:
-            item.add_marker(pytest.mark.skip(reason="is run by test_tracing in a process without shape checks"))
+            item.add_marker(pytest.mark.skip(reason="is run by slow/test_tracing.py, without the checks of shapes"))
 
 
 @pytest.fixture

@@ -79,9 +79,10 @@ def run_train(
     )
 
 
-def start_train(*flags: str, cwd: Path, env: Mapping[str, str] | None = None) -> prepared.Process:
+def start_train(*flags: str, cwd: Path, env: Mapping[str, str] | None = None, drawn: bool = False) -> prepared.Process:
     """Starts train.py, with all that it writes in one stream."""
-    return prepared.Process(train_command(*flags), cwd=cwd, env={**os.environ, **ONE_THREAD, **(env or {})})
+    whole = {**os.environ, **ONE_THREAD, **(env or {})}
+    return prepared.Process(train_command(*flags), cwd=cwd, env=whole, drawn=drawn)
 
 
 def interrupt_train(

@@ -31,10 +31,10 @@ SECONDS = 240
 class Process:
     """What the tests need of `subprocess.Popen`, with standard output and error in one stream of text."""
 
-    def __init__(self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str], drawn: bool = False) -> None:
         ours, theirs = os.pipe()
         self.stdout: IO[str] = os.fdopen(ours, encoding="utf-8")
-        self._process = _start(command, cwd, env, theirs, theirs, drawn=False)
+        self._process = _start(command, cwd, env, theirs, theirs, drawn=drawn)
         os.close(theirs)
 
     @property

@@ -53,9 +53,8 @@ def test_killed_at_random_moments(tmp_path: Path, flags: list[str]) -> None:
     path = tmp_path / "run.pth"
     killed = ended = leftovers = 0
     for number, seconds, from_training in moments(KILLS, seed=0):
-        process = start_train(
-            *flags, "--checkpoint-path", path.name, *(["--resume"] if path.exists() else []), cwd=tmp_path
-        )
+        resume = ["--resume"] if path.exists() else []
+        process = start_train(*flags, "--checkpoint-path", path.name, *resume, cwd=tmp_path, drawn=True)
         assert process.stdout is not None
         if from_training:
             next((line for line in process.stdout if line.startswith(("epoch ", "engine "))), None)
@@ -98,6 +97,7 @@ def test_terminated_at_random_moments(tmp_path: Path, flags: list[str], engine: 
             *("--engine", engine, "--checkpoint-path", path.name),
             *(["--resume"] if path.exists() and rng.random() < 0.7 else []),
             cwd=tmp_path,
+            drawn=True,
         )
         # From 50 ms after the start on; the first 4 s are imports, data and, if so, compilation.
         time.sleep(rng.uniform(0.05, 6 if engine == "eager" else 25))

@@ -2,7 +2,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 from helpers import ROOT
+
+pytestmark = pytest.mark.slow
 
 FILES = [
     f"tests/test_{name}.py"
