@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_folder, train_command
+from helpers import RunHere, make_folder, names_in, small
 from test_files import delete, flip_bit, insert, swap, truncate
 
 import hyperfunc as hf
-import train
 from hyperfunc import checkpoint, files
 
 pytestmark = pytest.mark.slow
@@ -77,22 +76,15 @@ def forge(tensors: dict[str, torch.Tensor], metadata: dict[str, Any], rng: rando
     return message
 
 
-def test_every_damaged_checkpoint_is_refused_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder = make_folder(tmp_path / "pictures", train=4, test=2)
-    flags = ["--dataset", "folder", "--data-dir", str(folder), "--batch-size", "8", "--epochs", "1"]
-    command = train_command(*flags, "--checkpoint-path", "run.pth")[2:]
+def test_every_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, run_here: RunHere) -> None:
+    flags = small(make_folder(tmp_path / "pictures", train=4, test=2), "--checkpoint-path", "run.pth")
     path = tmp_path / "run.pth"
-    assert train.main([*command, "--seed", "1"]) == 0
+    assert run_here(*flags, "--epochs", "1", "--seed", "1").returncode == 0
     other = path.read_bytes()
     path.unlink()
-    assert train.main(command) == 0
+    assert run_here(*flags, "--epochs", "1").returncode == 0
     whole = path.read_bytes()
-    command[command.index("--epochs") + 1] = "2"
-    before = sorted(item.name for item in tmp_path.iterdir())
-    capsys.readouterr()
+    before = names_in(tmp_path)
 
     rng = random.Random(0)
     sprung = tmp_path / "sprung"
@@ -127,19 +119,19 @@ def test_every_damaged_checkpoint_is_refused_in_one_line(
             message = "run.pth is "
             counts["damaged"] += 1
         content = path.read_bytes()
-        assert train.main([*command, "--resume"]) == 2, message
-        captured = capsys.readouterr()
-        assert captured.err.count("\n") == 1, captured.err
-        assert message in captured.err, (message, captured.err)
-        assert "Traceback" not in captured.err
+        done = run_here(*flags, "--epochs", "2", "--resume")
+        assert done.returncode == 2, message
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert message in done.stderr, (message, done.stderr)
+        assert "Traceback" not in done.stderr
         assert path.read_bytes() == content
         if message == "run.pth is ":
-            assert "run.pth is damaged" in captured.err or "run.pth is a pickle" in captured.err
+            assert "run.pth is damaged" in done.stderr or "run.pth is a pickle" in done.stderr
             for read in (hf.load, checkpoint.load):
                 with pytest.raises(ValueError, match="is damaged|is a pickle"):
                     read(path)
     # Nothing was executed, and nothing written.
-    assert sorted(item.name for item in tmp_path.iterdir()) == before
+    assert names_in(tmp_path) == before
     path.write_bytes(whole)
-    assert train.main([*command, "--resume", "--epochs", "2"]) == 0
+    assert run_here(*flags, "--epochs", "2", "--resume").returncode == 0
     print(f"{counts['damaged']} damaged and {counts['forged']} foreign checkpoints, all refused")

@@ -7,15 +7,14 @@ from helpers import ROOT
 
 pytestmark = pytest.mark.slow
 
-FILES = [
-    f"tests/test_{name}.py"
-    for name in ("capture", "compiled_norms", "conditions", "ensembles", "hyperize", "randomness")
-]
+FILES = ("capture", "compiled_norms", "conditions", "ensembles", "hyperize", "randomness")
 
 
-def test_what_is_traced_passes_without_shape_checks() -> None:
+# In two processes, of which neither takes much longer than the other.
+@pytest.mark.parametrize("files", [FILES[:1], FILES[1:]])
+def test_what_is_traced_passes_without_shape_checks(files: tuple[str, ...]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "traced", *FILES],
+        [sys.executable, "-m", "pytest", "-q", "-m", "traced", *(f"tests/test_{name}.py" for name in files)],
         cwd=ROOT,
         env={**os.environ, "HYPERFUNC_SHAPE_CHECKS": "off"},
         capture_output=True,
