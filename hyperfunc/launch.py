@@ -97,7 +97,7 @@ def signals_to_hand_on() -> list[str]:
 
 @contextlib.contextmanager
 def _unhandled(number: signal.Signals) -> Iterator[None]:
-    """A context in which nothing can set another handler for a signal: older versions of torch handle whatever they
+    """A context in which `signal.signal` sets no other handler for a signal: older versions of torch handle what they
     know, whatever they are told. To block it would not do, because a thread of some library would still take it."""
     set_handler = signal.signal
 

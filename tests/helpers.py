@@ -62,7 +62,7 @@ def run_train(
     *flags: str, cwd: Path, env: Mapping[str, str] | None = None, drawn: bool = False, **options: Any
 ) -> "subprocess.CompletedProcess[str]":
     """Runs train.py to its end as a user would; in a process started for it where options of subprocess are given, or
-    variables that Python reads when it starts. The others draw their curves where that is asked for."""
+    variables that Python reads when it starts. These draw their curves, the others where that is asked for."""
     env = env or {}
     whole = {**os.environ, **ONE_THREAD, **env}
     if not options and not any(name.startswith("PYTHON") for name in env):
@@ -95,9 +95,9 @@ def interrupt_train(
 ) -> tuple[int, str, float]:
     """Starts train.py, sends a signal once a line starts with `after`; returns exit code, output, seconds from then on.
 
-    The seconds include the `delay` between that line and the signal.
+    A picture may be in work when it comes. The seconds include the `delay` between that line and the signal.
     """
-    process = start_train(*flags, cwd=cwd, env=env)
+    process = start_train(*flags, cwd=cwd, env=env, drawn=True)
     output = ""
     for line in process.stdout:
         output += line

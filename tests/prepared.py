@@ -3,7 +3,7 @@
 Importing torch, and at the first call of torch.func its compiler, takes longer than all that a small run does. The
 process that is forked does nothing but import, so that a run begins as it would have done; what depends on the start of
 Python itself, or on a shell, needs a real one. Nor are the curves drawn where nobody looks at them: the process that
-draws imports matplotlib, and takes as long as all the rest.
+draws imports matplotlib, and takes as long as all the rest. Such a run has imported the package before its first line.
 """
 
 import atexit

@@ -3,39 +3,26 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from helpers import assert_trees_equal
-from torch import Tensor, nn
+from torch import Tensor
 
 import hyperfunc as hf
 from hyperfunc import capture, data, optim, training, tree
 from hyperfunc.precision import Precision
-from hyperfunc.residual import ResidualBlock
 from hyperfunc.training import EvalStep, Step, TrainState
 
 
 class Problem(NamedTuple):
-    model: hf.Model
     step: Step
     state: TrainState
     batches: list[data.Draw]
 
 
-def small_model() -> hf.Model:
-    """Every kind of layer that a ResNet has, but few of them, because it takes long to compile them."""
-    blocks = (
-        ResidualBlock(16, channels, stride, shortcut="pad", block="post") for channels, stride in [(16, 1), (32, 2)]
-    )
-    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
-    return hf.hyperize(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *blocks, *head))
-
-
-def problem(
-    device: str, dtype: torch.dtype = torch.float64, precision: Precision = "fp32", model: hf.Model | None = None
-) -> Problem:
+def problem(device: str, dtype: torch.dtype = torch.float64, precision: Precision = "fp32") -> Problem:
     """The whole step, augmentation and optimizer included, and the batches of an epoch, the last a short one."""
     pixels = torch.randint(256, (20, 32, 32, 3), dtype=torch.uint8, generator=data.seeded_generator("pixels"))
     images = data.Images(pixels, torch.arange(20) % 10)
     normalization = tree.to(data.measure(images), device, dtype)
-    model = model or hf.hyper_resnet(10)
+    model = hf.hyper_resnet(10)
     # Where a gradient is next to zero, a small eps would blow its rounding up to a whole step.
     optimizer = optim.adam(optim.cosine(0.002, 100, warmup=10), weight_decay=5e-4, eps=1e-3)
     state = training.init_state(model, optimizer, data.seeded_generator("init"))
@@ -43,7 +30,6 @@ def problem(
     load = data.make_train_load(tree.to(images, device), normalization)
     draw = tree.to(data.draw_epoch(0, 0, 20), device)
     return Problem(
-        model,
         training.make_train_step(model, optimizer, load=load, precision=precision),
         rest._replace(step=step.to(device)),
         list(data.batches(draw, 8)),
@@ -52,10 +38,11 @@ def problem(
 
 def evaluation(p: Problem, device: str) -> tuple[EvalStep, Any, tuple[Tensor, Tensor]]:
     """An evaluation step of the problem's network, that network, and a batch."""
+    model = hf.hyper_resnet(10)
     generator = data.seeded_generator("evaluation")
     images = torch.randn(6, 3, 32, 32, generator=generator, dtype=torch.float64).to(device)
-    network = p.model.weights(p.state.params), p.state.batch_stats
-    return training.make_eval_step(p.model), network, (images, torch.arange(6, device=device))
+    network = model.weights(p.state.params), p.state.batch_stats
+    return training.make_eval_step(model), network, (images, torch.arange(6, device=device))
 
 
 def run(step: Step, p: Problem) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
@@ -90,7 +77,7 @@ def test_without_cuda_a_captured_evaluation_is_the_evaluation_itself() -> None:
 @pytest.mark.traced
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_evaluation_equals_the_eager_one() -> None:
-    p = problem("cpu", model=small_model())
+    p = problem("cpu")
     function, network, batch = evaluation(p, "cpu")
     compiled = capture.compile_step(function, batch)
     expected, found = function(network, batch), compiled(network, batch)
@@ -102,7 +89,7 @@ def test_a_compiled_evaluation_equals_the_eager_one() -> None:
 def test_compiled_equals_eager_in_low_precision() -> None:
     """Both round to 8 bits, but not in the same places: what is fused rounds once. They differ no more from each other
     than each does from float32, for which test_precision has the bound."""
-    p = problem("cpu", torch.float32, "bf16", small_model())
+    p = problem("cpu", torch.float32, precision="bf16")
     compiled = capture.compile_step(p.step, p.batches[0])
     new, metrics = compiled(p.state, p.batches[0])
     expected, expected_metrics = p.step(p.state, p.batches[0])

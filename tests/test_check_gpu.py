@@ -1,4 +1,5 @@
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,9 @@ def test_a_gpu_that_torch_cannot_use_is_a_failure_with_a_remedy(
     smi.write_text(f"#!/bin/sh\n{script}\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert check_gpu.main() == 1
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(check_gpu.__file__, run_name="__main__")
+    assert ended.value.code == 1
     output = capsys.readouterr().out
     assert f"FAILED   an NVIDIA GPU is present ({found}" in output
     assert "CUDA" in output.split("but torch can use none:")[1]

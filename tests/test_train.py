@@ -623,7 +623,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
     folder: Path, tmp_path: Path, run_here: RunHere
 ) -> None:
     flags = small(folder, "--checkpoint-path", "run.pth", "--lr", "1e20", "--optimizer", "sgd")
-    done = run_here(*flags, "--epochs", "1")
+    done = run_here(*flags, "--epochs", "1", drawn=True)
     assert_refused(done, "the loss is nan at epoch 1, batch ", code=1)
     assert "is not finite; nothing was saved; begin again with an --lr below 1e+20" in done.stderr
     assert names_in(tmp_path) == ["run.metrics.jsonl"]
