@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hyperfunc.precision import LOW
 
-ROUNDS = 20
+ROUNDS = 40
 """Pairs of measurements behind a ratio."""
 
 ATTEMPTS = 3

@@ -79,10 +79,9 @@ def run_train(
     )
 
 
-def start_train(*flags: str, cwd: Path, env: Mapping[str, str] | None = None, drawn: bool = False) -> prepared.Process:
+def start_train(*flags: str, cwd: Path, env: Mapping[str, str] | None = None) -> prepared.Process:
     """Starts train.py, with all that it writes in one stream."""
-    whole = {**os.environ, **ONE_THREAD, **(env or {})}
-    return prepared.Process(train_command(*flags), cwd=cwd, env=whole, drawn=drawn)
+    return prepared.Process(train_command(*flags), cwd=cwd, env={**os.environ, **ONE_THREAD, **(env or {})})
 
 
 def interrupt_train(
@@ -95,9 +94,9 @@ def interrupt_train(
 ) -> tuple[int, str, float]:
     """Starts train.py, sends a signal once a line starts with `after`; returns exit code, output, seconds from then on.
 
-    A picture may be in work when it comes. The seconds include the `delay` between that line and the signal.
+    The seconds include the `delay` between that line and the signal.
     """
-    process = start_train(*flags, cwd=cwd, env=env, drawn=True)
+    process = start_train(*flags, cwd=cwd, env=env)
     output = ""
     for line in process.stdout:
         output += line

@@ -2,8 +2,9 @@
 
 Importing torch, and at the first call of torch.func its compiler, takes longer than all that a small run does. The
 process that is forked does nothing but import, so that a run begins as it would have done; what depends on the start of
-Python itself, or on a shell, needs a real one. Nor are the curves drawn where nobody looks at them: the process that
-draws imports matplotlib, and takes as long as all the rest. Such a run has imported the package before its first line.
+Python itself, or on a shell, needs a real one. Nor does `run` draw the curves where nobody looks at them: the process
+that draws imports matplotlib, and takes as long as all the rest. A run without has imported the package before its
+first line.
 """
 
 import atexit
@@ -29,12 +30,15 @@ SECONDS = 240
 
 
 class Process:
-    """What the tests need of `subprocess.Popen`, with standard output and error in one stream of text."""
+    """What the tests need of `subprocess.Popen`, with standard output and error in one stream of text.
 
-    def __init__(self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str], drawn: bool = False) -> None:
+    It draws its curves: whatever is done to it may meet a picture in work.
+    """
+
+    def __init__(self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str]) -> None:
         ours, theirs = os.pipe()
         self.stdout: IO[str] = os.fdopen(ours, encoding="utf-8")
-        self._process = _start(command, cwd, env, theirs, theirs, drawn=drawn)
+        self._process = _start(command, cwd, env, theirs, theirs, drawn=True)
         os.close(theirs)
 
     @property

@@ -77,7 +77,7 @@ def test_a_disk_that_becomes_read_only(disk: Path, tmp_path: Path, flags: list[s
 
 
 def test_a_folder_that_is_removed_is_made_again(tmp_path: Path, flags: list[str]) -> None:
-    process = start_train(*flags, "--epochs", "30", "--checkpoint-path", "runs/run.pth", cwd=tmp_path, drawn=True)
+    process = start_train(*flags, "--epochs", "30", "--checkpoint-path", "runs/run.pth", cwd=tmp_path)
     assert process.stdout is not None
     next(line for line in process.stdout if "saved runs/run.pth" in line)
     (tmp_path / "runs").rename(tmp_path / "away")

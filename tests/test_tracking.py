@@ -329,8 +329,7 @@ def test_a_server_that_works_gets_every_row(tmp_path: Path, flags: list[str]) ->
 
 def test_a_signal_is_obeyed_at_once_while_a_server_is_waited_for(tmp_path: Path, flags: list[str]) -> None:
     with wandb_server("silent") as env:
-        command = tracked_command(*flags, "--epochs", "1")
-        process = prepared.Process(command, cwd=tmp_path, env=clean(env), drawn=True)
+        process = prepared.Process(tracked_command(*flags, "--epochs", "1"), cwd=tmp_path, env=clean(env))
         for line in process.stdout:
             if "saved run.pth" in line:
                 break

@@ -634,13 +634,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
 def test_a_state_that_is_not_finite_is_never_saved(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
     # In one step: its loss belongs to the parameters before it, and is finite.
     flags = small(folder, "--checkpoint-path", "run.pth", "--optimizer", "sgd", "--epochs", "1", "--train-size", "8")
-    assert run_here(*flags).returncode == 0
+    assert run_here(*flags, drawn=True).returncode == 0
     before = (tmp_path / "run.pth").read_bytes()
-    done = run_here(*flags, "--lr", "1e30")
+    done = run_here(*flags, "--lr", "1e30", drawn=True)
     assert_refused(done, "epoch 1, batch 1; ", code=1)
     assert "nothing was saved" in done.stderr
     assert (tmp_path / "run.pth").read_bytes() == before
-    assert names_in(tmp_path) == ["run.1.metrics.jsonl", "run.metrics.jsonl", "run.pth"]
+    assert names_in(tmp_path) == ["run.1.metrics.jsonl", "run.1.png", "run.metrics.jsonl", "run.pth"]
 
 
 def test_a_signal_during_the_evaluation_is_obeyed_and_lost_nothing(folder: Path, tmp_path: Path) -> None:

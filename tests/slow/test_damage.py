@@ -119,7 +119,7 @@ def test_every_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, run_her
             message = "run.pth is "
             counts["damaged"] += 1
         content = path.read_bytes()
-        done = run_here(*flags, "--epochs", "2", "--resume")
+        done = run_here(*flags, "--epochs", "2", "--resume", drawn=True)
         assert done.returncode == 2, message
         assert done.stderr.count("\n") == 1, done.stderr
         assert message in done.stderr, (message, done.stderr)

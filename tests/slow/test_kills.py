@@ -54,7 +54,7 @@ def test_killed_at_random_moments(tmp_path: Path, flags: list[str]) -> None:
     killed = ended = leftovers = 0
     for number, seconds, from_training in moments(KILLS, seed=0):
         resume = ["--resume"] if path.exists() else []
-        process = start_train(*flags, "--checkpoint-path", path.name, *resume, cwd=tmp_path, drawn=True)
+        process = start_train(*flags, "--checkpoint-path", path.name, *resume, cwd=tmp_path)
         assert process.stdout is not None
         if from_training:
             next((line for line in process.stdout if line.startswith(("epoch ", "engine "))), None)
@@ -97,7 +97,6 @@ def test_terminated_at_random_moments(tmp_path: Path, flags: list[str], engine: 
             *("--engine", engine, "--checkpoint-path", path.name),
             *(["--resume"] if path.exists() and rng.random() < 0.7 else []),
             cwd=tmp_path,
-            drawn=True,
         )
         # From 50 ms after the start on; the first 4 s are imports, data and, if so, compilation.
         time.sleep(rng.uniform(0.05, 6 if engine == "eager" else 25))
