@@ -5,12 +5,13 @@ tensors, and so is what comes back, with one exception that is written out at `c
 which a tensor that a caller holds is overwritten in place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hyperfunc import tree
 from hyperfunc.compiled_norms import CompiledNorms
@@ -18,6 +19,8 @@ from hyperfunc.compiled_norms import CompiledNorms
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
 Evaluation = Callable[[Any, Any], Any]
+
+Rebuild = Callable[[Sequence[Tensor]], Any]
 
 WARM_UP_STEPS = 3
 """Steps on a side stream before the capture: compilation and the choice of algorithms must not be captured."""
@@ -57,10 +60,10 @@ def compile_step(step: Evaluation, batch: Any) -> Evaluation:
     # consists of is compared (see `_on_arguments`), two steps must not share one.
     alone = FunctionType(traced.__code__.replace(), traced.__globals__, closure=traced.__closure__)
     compiled = torch.compile(alone, fullgraph=True, dynamic=False, options=options)
-    expected = _signature(batch)
+    expected = _signature(tree.leaves(batch))
 
     def run(state: Any, batch: Any) -> Any:
-        return (compiled if _signature(batch) == expected else step)(state, batch)
+        return (compiled if _signature(tree.leaves(batch)) == expected else step)(state, batch)
 
     return run
 
@@ -90,35 +93,25 @@ def capture(step: Step, state: Any, batch: Any) -> Step:
     # Leaf by leaf: Inductor copies every input that does not begin at a multiple of 16 bytes, and views of one vector
     # would not.
     own_state = tree.map(torch.clone, state)
-    graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Any, Any]] = {}
-    pool = torch.cuda.graph_pool_handle()
 
-    def add_graph(batch: Any) -> None:
-        own_batch = tree.map(torch.clone, batch)
-
+    def make(own_batch: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
         def advance() -> Any:
             # What still is the old state must be read before the new one is written over it.
             new_state, metrics = _apart(step(own_state, own_batch), own_state)
-            _copy(own_state, new_state)
+            _copy(tree.leaves(own_state), tree.leaves(new_state))
             return metrics
 
-        graph, metrics = _record(lambda: step(own_state, own_batch), advance, pool, _device((state, batch)))
-        graphs[_signature(batch)] = graph, own_batch, metrics
+        return partial(step, own_state, own_batch), advance
+
+    graphs = _Graphs(make, batch, _device((state, batch)))
 
     def captured(new_state: Any, batch: Any) -> tuple[Any, Any]:
-        if _signature(batch) not in graphs:
-            _check_like("batch", batch, example, but_length=True)
-            add_graph(batch)
-        graph, own_batch, metrics = graphs[_signature(batch)]
+        run = graphs.find(batch)
         if new_state is not own_state:
             _check_like("state", new_state, own_state)
-            _copy(own_state, new_state)
-        _copy(own_batch, batch)
-        graph.replay()
-        return own_state, tree.clone(metrics)
+            _copy(tree.leaves(own_state), tree.leaves(new_state))
+        return own_state, run()
 
-    example = tree.map(torch.clone, batch)
-    add_graph(batch)
     return captured
 
 
@@ -140,30 +133,71 @@ def capture_evaluation(function: Evaluation, network: Any, batch: Any) -> Evalua
     if not _on_cuda((network, batch)):
         return function
     own_network = tree.map(torch.clone, network)
-    graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Any, Any]] = {}
-    pool = torch.cuda.graph_pool_handle()
-    last: Any = None
+
+    def make(own_batch: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        call = partial(function, own_network, own_batch)
+        return call, call
+
+    graphs = _Graphs(make, batch, _device((network, batch)))
+    last = network
 
     def captured(network: Any, batch: Any) -> Any:
         nonlocal last
+        run = graphs.find(batch)
         if network is not last:
             _check_like("network", network, own_network)
-            _copy(own_network, network)
+            _copy(tree.leaves(own_network), tree.leaves(network))
             last = network
-        if _signature(batch) not in graphs:
-            _check_like("batch", batch, example, but_length=True)
-            own_batch = tree.map(torch.clone, batch)
-            call = partial(function, own_network, own_batch)
-            graph, result = _record(call, call, pool, _device((network, batch)))
-            graphs[_signature(batch)] = graph, own_batch, result
-        graph, own_batch, result = graphs[_signature(batch)]
-        _copy(own_batch, batch)
-        graph.replay()
-        return tree.clone(result)
+        return run()
 
-    example = tree.map(torch.clone, batch)
-    captured(network, batch)
     return captured
+
+
+class _Graphs:
+    """The CUDA graphs of one function, one for each length of batch; they share their memory.
+
+    Args:
+        make: Of a batch that the graph will read, what to run before the capture, and what to capture.
+        batch: The first to capture.
+        device: Of the graphs.
+    """
+
+    def __init__(
+        self, make: Callable[[Any], tuple[Callable[[], Any], Callable[[], Any]]], batch: Any, device: torch.device
+    ) -> None:
+        self._make = make
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor], Rebuild]] = {}
+        self._example = tree.map(torch.clone, batch)
+        self._add(batch)
+
+    def find(self, batch: Any) -> Callable[[], Any]:
+        """The replay for this batch, which returns copies of the results. Captures it where its length is a new one.
+
+        Raises:
+            ValueError: It differs from the first batch by more than the length.
+        """
+        given = tree.leaves(batch)
+        signature = _signature(given)
+        if signature not in self._graphs:
+            _check_like("batch", batch, self._example, but_length=True)
+            self._add(batch)
+        graph, own, results, rebuild = self._graphs[signature]
+
+        def run() -> Any:
+            # The host does this for every replay: everything that can be known before is.
+            _copy(own, given)
+            graph.replay()
+            return rebuild([result.clone() for result in results])
+
+        return run
+
+    def _add(self, batch: Any) -> None:
+        own_batch = tree.map(torch.clone, batch)
+        warm_up, call = self._make(own_batch)
+        graph, results = _record(warm_up, call, self._pool, self._device)
+        self._graphs[_signature(tree.leaves(batch))] = graph, tree.leaves(own_batch), *tree.flatten(results)
 
 
 def _on_arguments(guards: Any) -> list[bool]:
@@ -206,8 +240,8 @@ def _record(
     return graph, result
 
 
-def _signature(value: Any) -> tuple[Any, ...]:
-    return tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in tree.leaves(value))
+def _signature(leaves: Sequence[Tensor]) -> tuple[Any, ...]:
+    return tuple([(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves])
 
 
 def _apart(value: Any, other: Any) -> Any:
@@ -216,12 +250,15 @@ def _apart(value: Any, other: Any) -> Any:
     return tree.map(lambda leaf: leaf.clone() if leaf.untyped_storage().data_ptr() in taken else leaf, value)
 
 
-def _copy(into: Any, values: Any) -> None:
+def _copy(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Overwrites leaf by leaf; one operation a dtype, because a list of several is copied one by one."""
-    pairs = list(zip(tree.leaves(into), tree.leaves(values), strict=True))
-    for dtype in dict.fromkeys(leaf.dtype for leaf, _ in pairs):
-        ours, theirs = zip(*(pair for pair in pairs if pair[0].dtype == dtype), strict=True)
-        torch.ops.aten._foreach_copy_(list(ours), list(theirs))
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for ours, theirs in zip(into, values, strict=True):
+        group = by_dtype.setdefault(ours.dtype, ([], []))
+        group[0].append(ours)
+        group[1].append(theirs)
+    for ours, theirs in by_dtype.values():
+        torch.ops.aten._foreach_copy_(ours, theirs)
 
 
 def _check_like(name: str, found: Any, expected: Any, *, but_length: bool = False) -> None:

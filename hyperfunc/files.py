@@ -17,10 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.numpy
 import safetensors.torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor
+
+from hyperfunc import tree
 
 _NO_DIGEST = "0" * 64
 _HEADER_LENGTH_BYTES = 8
@@ -47,10 +50,19 @@ def write_tensors(
         FileExistsError: The name `keep_old_as` is taken.
         OSError: The file cannot be written (no room, no permission); the old file stands as it was.
     """
-    dense = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    dense = tree.fetch({name: tensor.detach() for name, tensor in tensors.items()})
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    content = safetensors.torch.save(dense, {"hyperfunc": text, "sha256": _NO_DIGEST})
+    content = _serialize(dense, {"hyperfunc": text, "sha256": _NO_DIGEST})
     write_bytes(path, _with_digest(content, _digest(content)), keep_old_as=keep_old_as)
+
+
+def _serialize(tensors: dict[str, Tensor], header: dict[str, str]) -> bytes:
+    try:
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    except TypeError:  # a dtype that numpy lacks, as bfloat16
+        return safetensors.torch.save(tensors, header)
+    # The same bytes several times as fast, where there are hundreds of small tensors.
+    return safetensors.numpy.save(arrays, header)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -280,6 +280,9 @@ def make_forward(module: nn.Module) -> Forward:
     has_onednn = torch.backends.mkldnn.is_available()
     # The mode is fixed in one module for each, because switching it at the call would be hidden state.
     modules = {True: copy.deepcopy(module).train(), False: copy.deepcopy(module).eval()}
+    names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    every = *module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)
+    is_tied = len(every) > len(names)
 
     def forward(
         weights: dict[str, Tensor],
@@ -304,8 +307,12 @@ def make_forward(module: nn.Module) -> Forward:
             new_stats = tree.mapped_with(new_stats, (weights, args, kwargs))
         values = {**{name: _safe_order(leaf, has_onednn) for name, leaf in weights.items()}, **new_stats}
         with VmapRules() if is_mapped else nullcontext(), nullcontext() if seed is None else Seeded(seed):
-            # Without strict=True a name that the module does not know would be passed over in silence.
-            output = functional_call(modules[train], values, args, kwargs, strict=True)
+            # A name that the module does not know would be passed over in silence, but for strict=True. Both looks at
+            # all names take the host long, so that they are left to where they may find something.
+            is_known = values.keys() == names
+            output = functional_call(
+                modules[train], values, args, kwargs, tie_weights=is_tied or not is_known, strict=not is_known
+            )
         # A buffer that forward replaced, instead of writing into it, is in `values` alone.
         return output, {name: values[name] for name in new_stats}
 

@@ -141,7 +141,7 @@ def read_metrics(run: Run) -> int:
 
 def check_finite(run: Run) -> None:
     """Raises a FloatingPointError where the state holds a number that is not finite."""
-    if not bool(torch.stack([leaf.isfinite().all() for leaf in tree.leaves(run.state)]).all()):
+    if not bool(torch.stack([vector.isfinite().all() for vector in tree.vectors(run.state)]).all()):
         raise FloatingPointError(not_finite(run, "a number that is not finite came up by"))
 
 

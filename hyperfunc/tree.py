@@ -18,6 +18,9 @@ from torch.utils import _pytree as pytree
 
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
+_SMALL = 2**16
+"""Elements up to which leaves are joined before they are copied: more take longer than what an operation costs."""
+
 Tree = TypeVar("Tree")
 """Any nesting of NamedTuple, dict, list and tuple whose leaves are tensors."""
 
@@ -38,9 +41,15 @@ def named_leaves(tree: Any) -> dict[str, Tensor]:
     return {"/".join(_key_name(key) for key in path): leaf for path, leaf in paths_and_leaves}
 
 
+def flatten(tree: Tree) -> tuple[list[Tensor], Callable[[Sequence[Any]], Tree]]:
+    """The leaves, and the function that makes the same tree of others."""
+    values, structure = pytree.tree_flatten(tree)
+    return values, lambda new: pytree.tree_unflatten(list(new), structure)
+
+
 def replace_leaves(tree: Tree, new: Sequence[Any]) -> Tree:
     """The same tree with other leaves, given in the order of `leaves`."""
-    return pytree.tree_unflatten(list(new), pytree.tree_structure(tree))
+    return flatten(tree)[1](new)
 
 
 def num_params(tree: Any) -> int:
@@ -56,25 +65,26 @@ def to(tree: Tree, *args: Any, **kwargs: Any) -> Tree:
 def clone(tree: Tree) -> Tree:
     """A copy that shares no memory with the original.
 
-    Its leaves are views of one vector for each dtype and device: copying costs an operation for each of those, and
-    not one a leaf. Under `torch.vmap` each is copied by itself, because a view of a mapped vector is not contiguous,
-    and what a batch norm writes into such running statistics is lost without a word.
+    Its leaves are views of a few vectors: copying costs an operation for each of those, and not one a leaf. Under
+    `torch.vmap` each is copied by itself, because a view of a mapped vector is not contiguous, and what a batch norm
+    writes into such running statistics is lost without a word.
     """
-    values = leaves(tree)
-    if torch.compiler.is_compiling() or any(_is_functorch_wrapped(leaf) for leaf in values):
-        return map(torch.clone, tree)
-    kinds = [(leaf.dtype, leaf.device) for leaf in values]
-    copies: dict[int, Tensor] = {}
-    for kind in dict.fromkeys(kinds):
-        places = [place for place, other in enumerate(kinds) if other == kind]
-        vector, unravel = ravel([values[place] for place in places])
-        copies |= zip(places, unravel(vector), strict=True)
-    return replace_leaves(tree, [copies[place] for place in range(len(values))])
+    return map(torch.clone, tree) if _is_traced(tree) else _moved(tree, lambda vector: vector)
+
+
+def fetch(tree: Tree) -> Tree:
+    """A copy on the CPU. The device is waited for a few times, and not once a leaf."""
+    return _moved(tree, Tensor.cpu)
+
+
+def vectors(tree: Any) -> list[Tensor]:
+    """All leaves as a few vectors, each of one dtype and device, in no order that means anything; not to be written."""
+    return [_join(group) if len(group) > 1 else group[0].reshape(-1) for group, _ in _groups(leaves(tree))]
 
 
 def is_mapped(tree: Any) -> bool:
     """Whether `torch.vmap` maps over a leaf. torch.compile cannot trace the question; under it the answer is no."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not any(_is_vmap(level) for level in _transforms()):
         return False
     return any(isinstance(leaf, Tensor) and _is_mapped(leaf) for leaf in pytree.tree_leaves(tree))
 
@@ -103,20 +113,14 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     Raises:
         ValueError: The leaves differ in dtype, or there are none.
     """
-    values = leaves(tree)
+    values, rebuild = flatten(tree)
     dtypes = sorted({str(leaf.dtype) for leaf in values})
     if len(dtypes) != 1:
         found = " and ".join(dtypes) or "no leaf at all"
         raise ValueError(f"ravel: all leaves must have one dtype, got {found}; convert them with tree.to(tree, dtype)")
     shapes = [leaf.shape for leaf in values]
-    sizes = [math.prod(shape) for shape in shapes]
-    structure = pytree.tree_structure(tree)
 
-    def unravel(vector: Tensor) -> Tree:
-        parts = torch.split(vector, sizes)
-        return pytree.tree_unflatten([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], structure)
-
-    return torch.cat([leaf.reshape(-1) for leaf in values]), unravel
+    return _join(values), lambda vector: rebuild(_split(vector, shapes))
 
 
 def equal(tree: Any, other: Any) -> bool:
@@ -144,12 +148,51 @@ def is_readable(leaf: Tensor) -> bool:
 def is_differentiated(tree: Any) -> bool:
     """Whether somebody outside may ask for a derivative through these leaves: by autograd, or by `torch.func.grad`,
     `jvp` and the like around the caller. `torch.vmap` by itself is none of these."""
-    if any(leaf.requires_grad for leaf in leaves(tree)):
-        return True
-    # From the innermost transform outwards.
-    stack = torch._C._functorch.get_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
-    vmap = torch._C._functorch.TransformType.Vmap  # pyright: ignore[reportAttributeAccessIssue]
-    return any(interpreter.key() != vmap for interpreter in stack or [])
+    return any(not _is_vmap(level) for level in _transforms()) or any(leaf.requires_grad for leaf in leaves(tree))
+
+
+def _groups(values: Sequence[Tensor]) -> list[tuple[list[Tensor], list[int]]]:
+    """Small leaves by dtype and device, and each large one alone, so that joining them takes little memory; with their
+    places in the list."""
+    groups: dict[tuple[Any, ...], tuple[list[Tensor], list[int]]] = {}
+    for place, leaf in enumerate(values):
+        kind = (leaf.dtype, leaf.device, place if leaf.numel() > _SMALL else None)
+        group, places = groups.setdefault(kind, ([], []))
+        group.append(leaf)
+        places.append(place)
+    return list(groups.values())
+
+
+def _moved(tree: Tree, move: Callable[[Tensor], Tensor]) -> Tree:
+    """A copy whose leaves are views of what `move` makes of them, joined to a few vectors."""
+    values, rebuild = flatten(tree)
+    copies: dict[int, Tensor] = {}
+    for group, places in _groups(values):
+        copies |= zip(places, _split(move(_join(group)), [leaf.shape for leaf in group]), strict=True)
+    return rebuild([copies[place] for place in range(len(values))])
+
+
+def _is_traced(tree: Any) -> bool:
+    return torch.compiler.is_compiling() or any(_is_functorch_wrapped(leaf) for leaf in leaves(tree))
+
+
+def _join(values: Sequence[Tensor]) -> Tensor:
+    # One with one dimension stays what it is: most leaves have one, and a view takes the host as long as an operation.
+    return torch.cat([leaf if leaf.dim() == 1 else leaf.reshape(-1) for leaf in values])
+
+
+def _split(vector: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    parts = torch.split(vector, [math.prod(shape) for shape in shapes])
+    return [part if len(shape) == 1 else part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _transforms() -> list[Any]:
+    """The transforms of `torch.func` around the caller."""
+    return _functorch.get_interpreter_stack() or []
+
+
+def _is_vmap(transform: Any) -> bool:
+    return transform.key() == _functorch.TransformType.Vmap
 
 
 def _is_equal(leaf: Any, other: Any) -> bool:

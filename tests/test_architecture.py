@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "vmap_rules": {"tree"},
     "compiled_norms": set(),
     "residual": set(),
-    "files": set(),
+    "files": {"tree"},
     "interrupt": set(),
     "exits": set(),
     "_version": set(),

@@ -151,7 +151,7 @@ def test_copying_over_a_state_reads_what_it_overwrites_first() -> None:
     own = {"now": torch.tensor([1.0, 2.0]), "before": torch.tensor([0.0, 0.0]), "step": torch.tensor(3)}
     swapped, metrics = {"now": own["now"] * 10, "before": own["now"], "step": own["step"] + 1}, own["step"]
     swapped, metrics = capture._apart((swapped, metrics), own)
-    capture._copy(own, swapped)
+    capture._copy(tree.leaves(own), tree.leaves(swapped))
     assert own["now"].tolist() == [10, 20]
     assert own["before"].tolist() == [1, 2]
     assert (own["step"], metrics) == (4, 3)

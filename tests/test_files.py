@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from helpers import ROOT
 
@@ -143,6 +144,15 @@ def test_views_of_one_vector_are_written_whole(tmp_path: Path) -> None:
     write_tensors(tmp_path / "f", {"first": first, "second": second, "all": vector}, {})
     tensors, _ = read_tensors(tmp_path / "f")
     assert torch.equal(tensors["second"], second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64])
+def test_other_programs_read_the_file_as_well(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {**TENSORS, "other": torch.arange(3).to(dtype), "one": torch.tensor(2.5).to(dtype)}
+    write_tensors(tmp_path / "f", tensors, {})
+    found = safetensors.torch.load_file(tmp_path / "f")
+    assert {name: tensor.dtype for name, tensor in found.items()} == {n: t.dtype for n, t in tensors.items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:

@@ -31,6 +31,17 @@ def batch(generator: Generator, count: int = 4) -> tuple[Tensor, Tensor]:
     return images, torch.arange(count) % 10
 
 
+def test_weights_of_other_names_are_refused(generator: Generator) -> None:
+    model = hf.hyper_resnet(10)
+    params, batch_stats = model.init(generator)
+    images, weights = torch.zeros(1, 3, 32, 32), model.weights(params)
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\): 'haed.weight'"):
+        model.forward({**weights, "haed.weight": torch.zeros(10, 64)}, batch_stats, images, train=False)
+    del weights["head.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\): 'head.weight'"):
+        model.forward(weights, batch_stats, images, train=False)
+
+
 @pytest.mark.parametrize(
     ("depth", "width", "options", "hyper", "plain"),
     [

@@ -1,7 +1,9 @@
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers import assert_trees_equal
 from torch import Tensor
 
 from hyperfunc import tree
@@ -48,6 +50,38 @@ def test_clone_shares_no_memory() -> None:
     original = a_tree()
     for ours, theirs in zip(tree.leaves(tree.clone(original)), tree.leaves(original), strict=True):
         assert ours.data_ptr() != theirs.data_ptr()
+
+
+def mixed_leaves() -> dict[str, Tensor]:
+    """Of several dtypes and shapes, some in another order than memory's, with a large one among them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"small": (3, 2), "large": (300, 301), "scalar": (), "nothing": (0, 4), "more": (5,)}
+    floats = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    others = {"int": torch.arange(6).view(2, 3).t(), "low": torch.ones(4).bfloat16(), "flag": torch.tensor(True)}
+    return floats | others
+
+
+@pytest.mark.parametrize("copy", [tree.clone, tree.fetch])
+def test_copies_are_equal_whatever_the_leaves(copy: Callable[[Any], Any]) -> None:
+    original = mixed_leaves()
+    copied = copy(original)
+    assert_trees_equal(copied, original)
+    for name, leaf in copied.items():
+        assert (leaf.dtype, leaf.is_contiguous()) == (original[name].dtype, True)
+        assert not leaf.numel() or leaf.data_ptr() != original[name].data_ptr()
+
+
+def test_vectors_hold_all_leaves_in_a_few() -> None:
+    vectors = tree.vectors(mixed_leaves())
+    assert [(vector.dtype, len(vector)) for vector in vectors] == [
+        (torch.float32, 3 * 2 + 1 + 5),
+        (torch.float32, 300 * 301),
+        (torch.int64, 6),
+        (torch.bfloat16, 4),
+        (torch.bool, 1),
+    ]
+    expected = torch.cat([leaf.flatten().double() for leaf in mixed_leaves().values()])
+    assert torch.equal(torch.cat([vector.double() for vector in vectors]).sort().values, expected.sort().values)
 
 
 def test_describe_names_dtype_and_shape() -> None:
