@@ -362,7 +362,7 @@ def start_engine(members: Sequence[Run], printer: Printer) -> None:
                 eval_step = capture.capture_evaluation(eval_step, network, pictures)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except Exception as error:  # the compiler and what it calls raise errors of many kinds
         reason = one_line(error)[:200]
         # A rank cannot know whether the others go on with the same engine.
         if config.engine != "auto" or run.ranks.world > 1:

@@ -1,10 +1,5 @@
 """Fixtures of the benchmarks, and what is noted about the machine beside every result."""
 
-import os
-
-# Triton and Inductor print what they try while they tune; it would drown the table.
-os.environ.setdefault("TORCHINDUCTOR_LOG_LEVEL", "ERROR")
-
 import platform
 from typing import Any
 

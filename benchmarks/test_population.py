@@ -42,11 +42,6 @@ def trainings(count: int, device: torch.device, *, together: bool) -> Callable[[
     seeds = [data.seeded_generator("benchmark", seed) for seed in range(count)]
     states = [tree.to(training.init_state(model, optimizer, seed), device) for seed in seeds]
 
-    def engine(step: training.Step, state: training.TrainState, rows: data.Draw | population.Rows) -> training.Step:
-        if ON_GPU:
-            step = capture.compile_step(step, next(data.batches(rows, BATCH_SIZE)))
-        return capture.capture(training.scan(step, BATCH_SIZE), state, rows)
-
     if together and count > 1:
         load = population.make_load([given.images] * count, [given.normalization] * count)
         groups = [(population.stack(states), [population.side_by_side([draw] * count) for draw in given.draws])]
@@ -55,8 +50,11 @@ def trainings(count: int, device: torch.device, *, together: bool) -> Callable[[
         load = data.make_train_load(given.images, given.normalization)
         groups = [(state, given.draws) for state in states]
         step = training.make_train_step(model, optimizer, load=load, precision=number_format)
+    if ON_GPU:
+        step = capture.compile_step(step, next(data.batches(groups[0][1][0], BATCH_SIZE)))
+    steps = training.scan(step, BATCH_SIZE)
     # Single runs are processes of their own in earnest, and each has its graph.
-    running = [(engine(step, state, rows[0]), state, cycle(rows)) for state, rows in groups]
+    running = [(capture.capture(steps, state, rows[0]), state, cycle(rows)) for state, rows in groups]
 
     def call() -> None:
         for index, (advance, state, rows) in enumerate(running):

@@ -5,7 +5,9 @@ tensors, and so is what comes back, with one exception that is written out at `c
 which a tensor that a caller holds is overwritten in place.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -41,9 +43,12 @@ def compile_step(step: Evaluation, batch: Any) -> Evaluation:
         # Without this Inductor gives up channels_last wherever all convolutions have 64 channels or fewer.
         "force_layout_optimization": True,
     }
-    on_cuda = _on_cuda(batch)
-    if on_cuda:
+    if _on_cuda(batch):
         options |= torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
+        # What it tries for each product would fill the screen.
+        options["autotune_num_choices_displayed"] = 0
+        if (chatter := "max_autotune_report_choices_stats") in torch._inductor.list_options():
+            options[chatter] = False
     else:
         # A sum that several passes need, such as the gradient behind a ReLU, is stored and not made again in each.
         options["realize_reads_threshold"] = 2
@@ -51,8 +56,6 @@ def compile_step(step: Evaluation, batch: Any) -> Evaluation:
         options["guard_filter_fn"] = _on_arguments
 
     def traced(state: Any, batch: Any) -> Any:
-        if on_cuda:
-            return step(state, batch)
         with CompiledNorms():
             return step(state, batch)
 
@@ -101,7 +104,12 @@ def capture(step: Step, state: Any, batch: Any) -> Step:
             _copy(tree.leaves(own_state), tree.leaves(new_state))
             return metrics
 
-        return partial(step, own_state, own_batch), advance
+        def warm_up() -> None:
+            step(own_state, own_batch)
+            # As it is, because the state must not change; but with it every kernel of the graph has run before.
+            _copy(tree.leaves(own_state), tree.leaves(own_state))
+
+        return warm_up, advance
 
     graphs = _Graphs(make, batch, _device((state, batch)))
 
@@ -166,7 +174,9 @@ class _Graphs:
         self, make: Callable[[Any], tuple[Callable[[], Any], Callable[[], Any]]], batch: Any, device: torch.device
     ) -> None:
         self._make = make
-        self._device = device
+        # Of this device and no other: by default all captures of a process take one stream, of whatever device came
+        # first. And one for all, because they share a pool.
+        self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor], Rebuild]] = {}
         self._example = tree.map(torch.clone, batch)
@@ -196,7 +206,7 @@ class _Graphs:
     def _add(self, batch: Any) -> None:
         own_batch = tree.map(torch.clone, batch)
         warm_up, call = self._make(own_batch)
-        graph, results = _record(warm_up, call, self._pool, self._device)
+        graph, results = _record(warm_up, call, self._pool, self._stream)
         self._graphs[_signature(tree.leaves(batch))] = graph, tree.leaves(own_batch), *tree.flatten(results)
 
 
@@ -221,23 +231,57 @@ def _device(value: Any) -> torch.device:
 
 
 def _record(
-    warm_up: Callable[[], Any], call: Callable[[], Any], pool: Any, device: torch.device
+    warm_up: Callable[[], Any], call: Callable[[], Any], pool: Any, stream: torch.cuda.Stream
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Captures `call` after some runs of `warm_up`; the random state is as it was. Returns what `call` returned."""
-    with torch.cuda.device(device):
+    """Captures `call` after some runs of `warm_up`; the random state is as it was. Returns what `call` returned.
+
+    Raises:
+        Exception: Of `call`, where it cannot be captured.
+    """
+    with torch.cuda.device(stream.device):
         random_state = torch.cuda.get_rng_state()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for _ in range(WARM_UP_STEPS):
                 warm_up()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.set_rng_state(random_state)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on: that of NCCL asks for its events again and again.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            result = call()
+        reason: Exception | None = None
+        # After a failure torch leaves the capture's stream in place of the current one.
+        with torch.cuda.stream(torch.cuda.current_stream()), _no_collection():
+            try:
+                # Other threads may go on: that of NCCL asks for its events again and again.
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    try:
+                        result = call()
+                    except Exception as error:
+                        reason = error
+                        raise
+            except Exception as error:
+                # The allocator goes on to ask the graph what belongs to it.
+                _failed.append(graph)
+                # What the end of a broken capture raises says no more than that it was broken.
+                raise reason or error from None
     return graph, result
+
+
+_failed: list[torch.cuda.CUDAGraph] = []
+"""Graphs that could not be captured; see `_record`."""
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps Python from looking for garbage: a graph or a kernel that it came upon would be unloaded, which breaks any
+    capture that is under way."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _signature(leaves: Sequence[Tensor]) -> tuple[Any, ...]:

@@ -17,19 +17,22 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from hyperfunc import vmap_rules
+
 CACHED = 2**15
 """Numbers that are still in a core's own cache when they are read again: 128 KiB in float32."""
 
 
 class CompiledNorms(TorchFunctionMode):
-    """A context in which batch norms of pictures in training are computed by `batch_norm`."""
+    """A context in which batch norms of pictures in training are computed by `batch_norm`, and all others, those on a
+    GPU too, by `vmap_rules.batch_norm`: whether vmap maps over them cannot be asked while torch.compile traces."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.batch_norm and _is_ours(*args, **kwargs):
-            return batch_norm(*args, **kwargs)
+        if func is F.batch_norm:
+            return (batch_norm if _is_ours(*args, **kwargs) else vmap_rules.batch_norm)(*args, **kwargs)
         return func(*args, **kwargs)
 
 

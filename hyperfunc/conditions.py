@@ -26,6 +26,7 @@ from hyperfunc.hypernet import HyperNetParams, generate_kernels, init_embeddings
 from hyperfunc.model import BatchStats, Model, Params, check_model
 from hyperfunc.primary import check_module, check_values
 from hyperfunc.randomness import Seed, fold_in
+from hyperfunc.vmap_rules import batch_norm
 
 
 class Encoder(NamedTuple):
@@ -345,7 +346,7 @@ class _BatchNormOverSamples(TorchFunctionMode):
         self.samples = samples
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.batch_norm:
+        if func in (F.batch_norm, batch_norm):
             return _batch_norm(self.samples, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -363,7 +364,7 @@ def _batch_norm(
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`, with the statistics over the mapped dimension too where it is training."""
     if not training:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     count = samples * input.numel() // input.shape[1]
     if count < 2:
         raise ValueError(

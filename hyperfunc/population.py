@@ -50,7 +50,8 @@ def side_by_side(draws: Sequence[data.Draw]) -> Rows | data.Draw:
     if len(draws) == 1:
         return draws[0]
     picture, top, left, flip = (torch.stack(column, dim=1) for column in zip(*draws, strict=True))
-    return Rows(picture, top, left, flip, torch.arange(len(draws), device=picture.device).expand_as(picture))
+    member = torch.arange(len(draws), device=picture.device).repeat(len(picture), 1)
+    return Rows(picture, top, left, flip, member)
 
 
 def make_load(images: Sequence[data.Images], normalizations: Sequence[data.Normalization]) -> Load:

@@ -1,4 +1,4 @@
-"""Layers that `torch.vmap` has no rule for: computed in another way, or refused by name.
+"""Layers that `torch.vmap` has no rule for, or one that fails: computed in another way, or refused by name.
 
 torch's own error names an operator, and neither the layer nor the cure.
 """
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 from hyperfunc import tree
 
@@ -34,7 +34,8 @@ def check_mapped_training(counting: list[str]) -> None:
 
 
 class VmapRules(TorchFunctionMode):
-    """A context in which recurrent layers, spectral norms and randomised rectifiers can be mapped by `torch.vmap`."""
+    """A context in which batch norms on any device, recurrent layers, spectral norms and randomised rectifiers can be
+    mapped by `torch.vmap`."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -42,8 +43,43 @@ class VmapRules(TorchFunctionMode):
         return _RULES.get(func, _as_it_is)(func, *args, **(kwargs or {}))
 
 
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm` by torch's own kernel, on a GPU too.
+
+    That function would take cuDNN's there, for which it first asks in what order the input lies in memory; under vmap
+    nobody knows, and it fails. It also fails under vmap where the input has 16 bits and the statistics have 32: here
+    they meet in the wider type.
+    """
+    if training and input.numel() == input.shape[1]:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)  # refuses it
+    dtype = input.dtype
+    for other in (running_mean, weight):
+        if other is not None:
+            dtype = torch.promote_types(dtype, other.dtype)
+    output, _, _ = torch.native_batch_norm(
+        input.to(dtype), weight, bias, running_mean, running_var, training, momentum, eps
+    )
+    return output.to(input.dtype)
+
+
 def _as_it_is(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs)
+
+
+def _batch_norm(func: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """By `batch_norm`, unless a mode outside of this one has another way."""
+    if has_torch_function((input,)):
+        return handle_torch_function(batch_norm, (input,), input, *args, **kwargs)
+    return batch_norm(input, *args, **kwargs)
 
 
 def _recurrent(func: Callable[..., Any], input: Tensor, *args: Any) -> Any:
@@ -79,6 +115,7 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.rnn_tanh: _recurrent,
     torch.rnn_relu: _recurrent,
     torch.lstm_cell: _recurrent,
+    F.batch_norm: _batch_norm,
     F.normalize: _normalize,
     F.rrelu: _rrelu,
 }

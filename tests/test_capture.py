@@ -1,6 +1,7 @@
 from typing import Any, NamedTuple
 
 import pytest
+import recorded
 import torch
 from helpers import assert_trees_equal
 from torch import Tensor
@@ -9,6 +10,15 @@ import hyperfunc as hf
 from hyperfunc import capture, data, optim, training, tree
 from hyperfunc.precision import Precision
 from hyperfunc.training import EvalStep, Step, TrainState
+
+
+@pytest.fixture(params=["recorded", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A GPU, and the CPU with graphs that are recordings."""
+    if request.param == "recorded":
+        recorded.install(monkeypatch)
+        return "cpu"
+    return request.param
 
 
 class Problem(NamedTuple):
@@ -169,9 +179,8 @@ def test_what_differs_from_the_captured_is_named() -> None:
         capture._check_like("batch", found, expected, but_length=True)
 
 
-@pytest.mark.gpu
-def test_captured_equals_eager() -> None:
-    p = problem("cuda")
+def test_captured_equals_eager(device: str) -> None:
+    p = problem(device)
     assert_same_training(capture.capture(p.step, p.state, p.batches[0]), p)
 
 
@@ -184,9 +193,8 @@ def test_compiled_and_captured_equals_eager() -> None:
     assert_same_training(capture.capture(compiled, p.state, p.batches[0]), p)
 
 
-@pytest.mark.gpu
-def test_several_captured_steps_equal_eager_ones() -> None:
-    p = problem("cuda")
+def test_several_captured_steps_equal_eager_ones(device: str) -> None:
+    p = problem(device)
     rows = data.Draw(*(torch.cat(columns) for columns in zip(*p.batches, strict=True)))
     scan = training.scan(p.step, 8)
     captured = capture.capture(scan, p.state, rows)
@@ -197,10 +205,9 @@ def test_several_captured_steps_equal_eager_ones() -> None:
             torch.testing.assert_close(leaf, tree.named_leaves(theirs)[path], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.gpu
-def test_a_captured_evaluation_equals_the_eager_one() -> None:
-    p = problem("cuda")
-    function, network, (images, labels) = evaluation(p, "cuda")
+def test_a_captured_evaluation_equals_the_eager_one(device: str) -> None:
+    p = problem(device)
+    function, network, (images, labels) = evaluation(p, device)
     before = tree.named_leaves(tree.clone(network))
     captured = capture.capture_evaluation(function, network, (images, labels))
     kept = captured(network, (images, labels))
@@ -214,10 +221,9 @@ def test_a_captured_evaluation_equals_the_eager_one() -> None:
     assert_trees_equal(before, tree.named_leaves(network))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_captured_low_precision_equals_eager_low_precision(precision: Precision) -> None:
-    p = problem("cuda", torch.float32, precision)
+def test_captured_low_precision_equals_eager_low_precision(device: str, precision: Precision) -> None:
+    p = problem(device, torch.float32, precision)
     captured = capture.capture(p.step, p.state, p.batches[0])
     state, metrics = captured(p.state, p.batches[0])
     expected, expected_metrics = p.step(p.state, p.batches[0])
@@ -226,9 +232,8 @@ def test_captured_low_precision_equals_eager_low_precision(precision: Precision)
     assert difference.norm() < 0.25 * tree.ravel(expected.opt_state)[0].norm()
 
 
-@pytest.mark.gpu
-def test_capture_writes_no_argument_but_the_state_that_it_returned() -> None:
-    p = problem("cuda")
+def test_capture_writes_no_argument_but_the_state_that_it_returned(device: str) -> None:
+    p = problem(device)
     before = tree.named_leaves(tree.clone((p.state, p.batches)))
     captured = capture.capture(p.step, p.state, p.batches[0])
     state, metrics = captured(p.state, p.batches[0])
@@ -237,15 +242,17 @@ def test_capture_writes_no_argument_but_the_state_that_it_returned() -> None:
     assert again is state
     assert_trees_equal(before, tree.named_leaves((p.state, p.batches)))
     assert_trees_equal(tree.named_leaves(kept), tree.named_leaves(metrics))
+    # From a state of the caller's own, in the middle of a run.
+    _, from_the_start = captured(p.state, p.batches[0])
+    torch.testing.assert_close(tuple(from_the_start), tuple(kept), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.gpu
-def test_capture_names_what_changed() -> None:
-    p = problem("cuda")
+def test_capture_names_what_changed(device: str) -> None:
+    p = problem(device)
     captured = capture.capture(p.step, p.state, p.batches[0])
-    with pytest.raises(ValueError, match=r"state: not what was captured: step is int32\[\] on cuda:0, was int64"):
+    with pytest.raises(ValueError, match=r"state: not what was captured: step is int32\[\] on \S+, was int64"):
         captured(p.state._replace(step=p.state.step.int()), p.batches[0])
-    with pytest.raises(ValueError, match=r"batch: not what was captured: top is float32\[n\] on cuda:0, was int64"):
+    with pytest.raises(ValueError, match=r"batch: not what was captured: top is float32\[n\] on \S+, was int64"):
         captured(p.state, p.batches[0]._replace(top=p.batches[0].top.float()))
 
 

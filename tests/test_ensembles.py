@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 
 import hyperfunc as hf
 from hyperfunc import data, ensembles, optim, training, tree
+from hyperfunc.precision import Precision
 from hyperfunc.training import TrainState
 
 SIZE = 3
@@ -65,6 +66,25 @@ def test_each_member_equals_itself_trained_alone(
             torch.testing.assert_close(ours[path], leaf, rtol=1e-8, atol=1e-9, msg=path)
     first, second = (tree.ravel(members.member(state.params, index))[0] for index in (0, 1))
     assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_members_train_in_16_bits_as_alone(precision: Precision, generator: Generator) -> None:
+    model, optimizer = hf.hyper_resnet(10, z_dim=4), optim.sgd(0.01)
+    if precision == "fp16":
+        optimizer = optim.scaled(optimizer, first=64)
+    members = hf.ensemble(model, SIZE)
+    state = ensembles.init_state(members, optimizer, generator)
+    step = training.make_train_step(model, optimizer, precision=precision)
+    images, labels = a_batch(generator)
+    batch = images.float(), labels
+    found, metrics = ensembles.map_step(step)(state, batch)
+    for index in range(SIZE):
+        expected, alone = step(members.member(state, index), batch)
+        torch.testing.assert_close(metrics.loss[index], alone.loss, rtol=0.01, atol=0)
+        ours, theirs = (tree.ravel(one.params)[0] for one in (members.member(found, index), expected))
+        moved = theirs - tree.ravel(members.member(state, index).params)[0]
+        assert (ours - theirs).norm() < 0.25 * moved.norm()
 
 
 @pytest.mark.traced
