@@ -34,7 +34,7 @@ def compile_step(step: Evaluation, batch: Any) -> Evaluation:
 
     One graph without a break: whatever cannot be traced is an error at the first call, not a slow step. Compilation
     happens at that first call and takes from ten seconds to minutes; what it makes is kept on disk, where a later
-    process finds it. On the CPU batch norms in training take another form; see `compiled_norms`.
+    process finds it. Batch norms take another form; see `compiled_norms`.
 
     Only its arguments and torch's own settings are looked at again in later calls: what else the step reads, a variable
     around it for example, is taken to be what it was at the first.
@@ -96,18 +96,21 @@ def capture(step: Step, state: Any, batch: Any) -> Step:
     # Leaf by leaf: Inductor copies every input that does not begin at a multiple of 16 bytes, and views of one vector
     # would not.
     own_state = tree.map(torch.clone, state)
+    own_leaves = tree.leaves(own_state)
 
     def make(own_batch: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
         def advance() -> Any:
             # What still is the old state must be read before the new one is written over it.
             new_state, metrics = _apart(step(own_state, own_batch), own_state)
-            _copy(tree.leaves(own_state), tree.leaves(new_state))
+            if differences := _differences(new_state, own_state):
+                raise ValueError(f"step: must return a state like the one that it takes, but {'; '.join(differences)}")
+            tree.overwrite(own_leaves, _in_order(new_state, own_state))
             return metrics
 
         def warm_up() -> None:
             step(own_state, own_batch)
-            # As it is, because the state must not change; but with it every kernel of the graph has run before.
-            _copy(tree.leaves(own_state), tree.leaves(own_state))
+            # As it is, because the state must not change: the kernel that copies has to have run before as well.
+            tree.overwrite(own_leaves, own_leaves)
 
         return warm_up, advance
 
@@ -116,8 +119,7 @@ def capture(step: Step, state: Any, batch: Any) -> Step:
     def captured(new_state: Any, batch: Any) -> tuple[Any, Any]:
         run = graphs.find(batch)
         if new_state is not own_state:
-            _check_like("state", new_state, own_state)
-            _copy(tree.leaves(own_state), tree.leaves(new_state))
+            tree.overwrite(own_leaves, _leaves_like("state", new_state, own_state))
         return own_state, run()
 
     return captured
@@ -147,14 +149,15 @@ def capture_evaluation(function: Evaluation, network: Any, batch: Any) -> Evalua
         return call, call
 
     graphs = _Graphs(make, batch, _device((network, batch)))
-    last = network
+    last = None
 
     def captured(network: Any, batch: Any) -> Any:
         nonlocal last
         run = graphs.find(batch)
         if network is not last:
-            _check_like("network", network, own_network)
-            _copy(tree.leaves(own_network), tree.leaves(network))
+            leaves = _leaves_like("network", network, own_network)
+            last = None  # until the copy is whole
+            tree.overwrite(tree.leaves(own_network), leaves)
             last = network
         return run()
 
@@ -180,7 +183,8 @@ class _Graphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor], Rebuild]] = {}
         self._example = tree.map(torch.clone, batch)
-        self._add(batch)
+        self._structure = tree.structure(batch)
+        self._add(self._example)
 
     def find(self, batch: Any) -> Callable[[], Any]:
         """The replay for this batch, which returns copies of the results. Captures it where its length is a new one.
@@ -189,25 +193,29 @@ class _Graphs:
             ValueError: It differs from the first batch by more than the length.
         """
         given = tree.leaves(batch)
-        signature = _signature(given)
-        if signature not in self._graphs:
-            _check_like("batch", batch, self._example, but_length=True)
-            self._add(batch)
-        graph, own, results, rebuild = self._graphs[signature]
+        if tree.structure(batch) != self._structure or _signature(given) not in self._graphs:
+            given = _leaves_like("batch", batch, self._example, but_length=True)
+            if _signature(given) not in self._graphs:
+                self._add(tree.replace_leaves(self._example, [leaf.clone() for leaf in given]))
+        graph, own, results, rebuild = self._graphs[_signature(given)]
 
         def run() -> Any:
             # The host does this for every replay: everything that can be known before is.
-            _copy(own, given)
+            tree.overwrite(own, given)
             graph.replay()
             return rebuild([result.clone() for result in results])
 
         return run
 
-    def _add(self, batch: Any) -> None:
-        own_batch = tree.map(torch.clone, batch)
-        warm_up, call = self._make(own_batch)
-        graph, results = _record(warm_up, call, self._pool, self._stream)
-        self._graphs[_signature(tree.leaves(batch))] = graph, tree.leaves(own_batch), *tree.flatten(results)
+    def _add(self, own_batch: Any) -> None:
+        own = tree.leaves(own_batch)
+        try:
+            graph, results = _record(*self._make(own_batch), self._pool, self._stream)
+        except BaseException:
+            # The pool of a capture that broke off may still count as being recorded into.
+            self._pool = torch.cuda.graph_pool_handle()
+            raise
+        self._graphs[_signature(own)] = graph, own, *tree.flatten(results)
 
 
 def _on_arguments(guards: Any) -> list[bool]:
@@ -236,18 +244,21 @@ def _record(
     """Captures `call` after some runs of `warm_up`; the random state is as it was. Returns what `call` returned.
 
     Raises:
-        Exception: Of `call`, where it cannot be captured.
+        BaseException: Of `warm_up` or `call`; the current stream is as it was, too.
     """
     with torch.cuda.device(stream.device):
         random_state = torch.cuda.get_rng_state()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_STEPS):
-                warm_up()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.set_rng_state(random_state)
+        try:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP_STEPS):
+                    warm_up()
+            torch.cuda.current_stream().wait_stream(stream)
+        finally:
+            torch.cuda.set_rng_state(random_state)
         graph = torch.cuda.CUDAGraph()
-        reason: Exception | None = None
+        failure: BaseException | None = None
+        result = None
         # After a failure torch leaves the capture's stream in place of the current one.
         with torch.cuda.stream(torch.cuda.current_stream()), _no_collection():
             try:
@@ -255,19 +266,25 @@ def _record(
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     try:
                         result = call()
-                    except Exception as error:
-                        reason = error
+                    except BaseException as error:
+                        failure = error
                         raise
-            except Exception as error:
-                # The allocator goes on to ask the graph what belongs to it.
-                _failed.append(graph)
+            except BaseException as error:
+                if error is not failure:
+                    # The capture could not be ended, and the allocator goes on to ask the graph what belongs to it.
+                    _failed.append(graph)
                 # What the end of a broken capture raises says no more than that it was broken.
-                raise reason or error from None
+                failure = failure or error
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            del failure  # which holds this frame, and with it all that `call` knows
     return graph, result
 
 
 _failed: list[torch.cuda.CUDAGraph] = []
-"""Graphs that could not be captured; see `_record`."""
+"""Graphs whose capture could not be ended; see `_record`."""
 
 
 @contextlib.contextmanager
@@ -294,18 +311,26 @@ def _apart(value: Any, other: Any) -> Any:
     return tree.map(lambda leaf: leaf.clone() if leaf.untyped_storage().data_ptr() in taken else leaf, value)
 
 
-def _copy(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Overwrites leaf by leaf; one operation a dtype, because a list of several is copied one by one."""
-    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-    for ours, theirs in zip(into, values, strict=True):
-        group = by_dtype.setdefault(ours.dtype, ([], []))
-        group[0].append(ours)
-        group[1].append(theirs)
-    for ours, theirs in by_dtype.values():
-        torch.ops.aten._foreach_copy_(ours, theirs)
+def _leaves_like(name: str, found: Any, expected: Any, *, but_length: bool = False) -> list[Tensor]:
+    """The leaves of `found`, in the order of `expected`.
+
+    Raises:
+        ValueError: There are `_differences`.
+    """
+    if differences := _differences(found, expected, but_length=but_length):
+        raise ValueError(f"{name}: not what was captured: {'; '.join(differences)}; capture the step anew for it")
+    return _in_order(found, expected)
 
 
-def _check_like(name: str, found: Any, expected: Any, *, but_length: bool = False) -> None:
+def _in_order(found: Any, expected: Any) -> list[Tensor]:
+    """The leaves of `found` in the order of `expected`, which has the same names: dicts may have their keys in another
+    order."""
+    named = tree.named_leaves(found)
+    return [named[path] for path in tree.named_leaves(expected)]
+
+
+def _differences(found: Any, expected: Any, *, but_length: bool = False) -> list[str]:
+    """How the two differ in names, dtypes, devices, or shapes, of which the first extent may not count."""
     ours, theirs = tree.named_leaves(expected), tree.named_leaves(found)
     differences = [f"{path} is missing" for path in ours if path not in theirs]
     differences += [f"{path} is new" for path in theirs if path not in ours]
@@ -315,5 +340,4 @@ def _check_like(name: str, found: Any, expected: Any, *, but_length: bool = Fals
         )
         if was != now:
             differences.append(f"{path} is {now}, was {was}")
-    if differences:
-        raise ValueError(f"{name}: not what was captured: {'; '.join(differences)}; capture the step anew for it")
+    return differences

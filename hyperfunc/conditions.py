@@ -370,6 +370,8 @@ def _batch_norm(
         raise ValueError(
             f"conditions: got {samples}, with one value a channel in a batch norm; expected more, or train=False"
         )
+    dtype = input.dtype
+    input = input.to(torch.promote_types(dtype, torch.float32))  # 16 bits hold no sums over a batch
     dims = [dim for dim in range(input.dim()) if dim != 1]
     shape = [-1 if dim == 1 else 1 for dim in range(input.dim())]
     mean = _mean_over_samples(input.mean(dims))
@@ -382,7 +384,9 @@ def _batch_norm(
     if weight is not None:
         scale = scale * weight
     normalized = centered * scale.view(shape)
-    return normalized if bias is None else normalized + bias.view(shape)
+    if bias is not None:
+        normalized = normalized + bias.view(shape)
+    return normalized.to(dtype)
 
 
 # An operator and not an autograd.Function, whose rule for vmap torch.compile does not follow.

@@ -283,6 +283,7 @@ def make_forward(module: nn.Module) -> Forward:
     names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     every = *module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)
     is_tied = len(every) > len(names)
+    empty = {train: _empty_buffers(modules[train]) for train in modules}
 
     def forward(
         weights: dict[str, Tensor],
@@ -310,13 +311,39 @@ def make_forward(module: nn.Module) -> Forward:
             # A name that the module does not know would be passed over in silence, but for strict=True. Both looks at
             # all names take the host long, so that they are left to where they may find something.
             is_known = values.keys() == names
-            output = functional_call(
-                modules[train], values, args, kwargs, tie_weights=is_tied or not is_known, strict=not is_known
-            )
+            try:
+                output = functional_call(
+                    modules[train], values, args, kwargs, tie_weights=is_tied or not is_known, strict=not is_known
+                )
+            finally:
+                _check_empty(empty[train])
         # A buffer that forward replaced, instead of writing into it, is in `values` alone.
         return output, {name: values[name] for name in new_stats}
 
     return forward
+
+
+def _empty_buffers(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """The buffers that are registered as None: their full names, their layers, and their names there."""
+    return [
+        (f"{path}.{name}".lstrip("."), layer, name)
+        for path, layer in module.named_modules()
+        for name, buffer in layer._buffers.items()
+        if buffer is None
+    ]
+
+
+def _check_empty(buffers: list[tuple[str, nn.Module, str]]) -> None:
+    """Empties the buffers again, because what one call left would be found by the next, and raises a ValueError where
+    one had been filled."""
+    filled = [(path, layer, name) for path, layer, name in buffers if layer._buffers[name] is not None]
+    for _, layer, name in filled:
+        layer._buffers[name] = None
+    if filled:
+        raise ValueError(
+            f"module: its forward fills the buffer {filled[0][0]!r}, which it registers as None, and a pure function "
+            "keeps nothing from call to call; register it with a tensor of its shape, before the module is hyperized"
+        )
 
 
 def _safe_order(weight: Tensor, has_onednn: bool) -> Tensor:

@@ -62,19 +62,39 @@ def to(tree: Tree, *args: Any, **kwargs: Any) -> Tree:
     return map(lambda leaf: leaf.to(*args, **kwargs), tree)
 
 
-def clone(tree: Tree) -> Tree:
-    """A copy that shares no memory with the original.
+def structure(tree: Any) -> Any:
+    """What is left of a tree without its leaves; equal for trees of the same kinds, and keys in the same order."""
+    return pytree.tree_structure(tree)
 
-    Its leaves are views of a few vectors: copying costs an operation for each of those, and not one a leaf. Under
-    `torch.vmap` each is copied by itself, because a view of a mapped vector is not contiguous, and what a batch norm
-    writes into such running statistics is lost without a word.
-    """
-    return map(torch.clone, tree) if _is_traced(tree) else _moved(tree, lambda vector: vector)
+
+def clone(tree: Tree) -> Tree:
+    """A copy that shares no memory with the original. Its leaves are parts of a few vectors: copying costs an operation
+    for each of those, and not one a leaf."""
+    values, rebuild = flatten(tree)
+    if torch.compiler.is_compiling() or any(_is_functorch_wrapped(leaf) or leaf.requires_grad for leaf in values):
+        return map(torch.clone, tree)
+    # Views of one vector would share a count of what is written into it, by which autograd would refuse a leaf that it
+    # has stored after another has been written.
+    return rebuild([part.data for part in _copies(values)])
+
+
+def overwrite(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Writes tensors over others of the same dtypes; one operation a dtype, because a list of several dtypes would be
+    copied one by one."""
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for ours, theirs in zip(into, values, strict=True):
+        group = by_dtype.setdefault(ours.dtype, ([], []))
+        group[0].append(ours)
+        group[1].append(theirs)
+    for ours, theirs in by_dtype.values():
+        torch.ops.aten._foreach_copy_(ours, theirs)
 
 
 def fetch(tree: Tree) -> Tree:
-    """A copy on the CPU. The device is waited for a few times, and not once a leaf."""
-    return _moved(tree, Tensor.cpu)
+    """A copy on the CPU, whose leaves are views of a few vectors: the device is waited for a few times, and not once a
+    leaf."""
+    values, rebuild = flatten(tree)
+    return rebuild(_copies(values, "cpu"))
 
 
 def vectors(tree: Any) -> list[Tensor]:
@@ -163,17 +183,16 @@ def _groups(values: Sequence[Tensor]) -> list[tuple[list[Tensor], list[int]]]:
     return list(groups.values())
 
 
-def _moved(tree: Tree, move: Callable[[Tensor], Tensor]) -> Tree:
-    """A copy whose leaves are views of what `move` makes of them, joined to a few vectors."""
-    values, rebuild = flatten(tree)
+def _copies(values: Sequence[Tensor], device: str | None = None) -> list[Tensor]:
+    """Copies that are views of a few vectors, on this device or on the leaf's own."""
     copies: dict[int, Tensor] = {}
     for group, places in _groups(values):
-        copies |= zip(places, _split(move(_join(group)), [leaf.shape for leaf in group]), strict=True)
-    return rebuild([copies[place] for place in range(len(values))])
-
-
-def _is_traced(tree: Any) -> bool:
-    return torch.compiler.is_compiling() or any(_is_functorch_wrapped(leaf) for leaf in leaves(tree))
+        # A leaf alone is not joined, which would take as much memory again where it is to move.
+        alone = len(group) == 1
+        vector = group[0].reshape(-1) if alone else _join(group)
+        vector = vector.to(device or vector.device, copy=alone)
+        copies |= zip(places, _split(vector, [leaf.shape for leaf in group]), strict=True)
+    return [copies[place] for place in range(len(values))]
 
 
 def _join(values: Sequence[Tensor]) -> Tensor:

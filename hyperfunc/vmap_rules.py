@@ -59,16 +59,36 @@ def batch_norm(
     nobody knows, and it fails. It also fails under vmap where the input has 16 bits and the statistics have 32: here
     they meet in the wider type.
     """
-    if training and input.numel() == input.shape[1]:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)  # refuses it
+    if not _is_sound(input, running_mean, running_var, weight, bias, training):
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     dtype = input.dtype
     for other in (running_mean, weight):
         if other is not None:
             dtype = torch.promote_types(dtype, other.dtype)
-    output, _, _ = torch.native_batch_norm(
-        input.to(dtype), weight, bias, running_mean, running_var, training, momentum, eps
-    )
+    wide = input.to(dtype)
+    output, _, _ = torch.native_batch_norm(wide, weight, bias, running_mean, running_var, training, momentum, eps)
     return output.to(input.dtype)
+
+
+def _is_sound(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+) -> bool:
+    """Whether torch's kernel can be called, which looks at nothing; what it cannot take `F.batch_norm` refuses by name,
+    or returns as it is, before it has chosen a kernel."""
+    if input.dim() < 2 or not input.is_floating_point():
+        return False
+    channels = input.shape[1]
+    has_statistics = running_mean is not None and running_var is not None
+    return (
+        input.numel() > (channels if training else 0)
+        and (has_statistics or (training and running_mean is None and running_var is None))
+        and all(given is None or given.numel() == channels for given in (running_mean, running_var, weight, bias))
+    )
 
 
 def _as_it_is(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,14 +27,20 @@ class RecordedGraph(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._operations: list[tuple[Any, Any, Any, list[Tensor]]] = []
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._before: dict[int, tuple[UntypedStorage, UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for leaf in _tensors(value):
-                    self._before.setdefault(leaf.data_ptr(), (leaf, leaf.clone()))
+        written = [
+            args[place] if place < len(args) else kwargs.get(argument.name)
+            for place, argument in enumerate(func._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        if func is torch.ops.aten.native_batch_norm.default:
+            written += args[3:5]  # its running statistics, of which it does not say so
+        for leaf in _tensors(written):
+            storage = leaf.untyped_storage()
+            self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
         result = func(*args, **kwargs)
         if not func.is_view:
             outputs = [] if func._schema.is_mutable else _tensors(result)
@@ -43,8 +49,8 @@ class RecordedGraph(TorchDispatchMode):
 
     def undo(self) -> None:
         """Puts back what was overwritten while recording."""
-        for leaf, before in self._before.values():
-            leaf.copy_(before)
+        for storage, before in self._before.values():
+            storage.copy_(before)
 
     @torch.no_grad()
     def replay(self) -> None:

@@ -1,9 +1,15 @@
+import contextlib
+import gc
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import recorded
 import torch
-from helpers import assert_trees_equal
+from helpers import assert_trees_equal, unchecked
 from torch import Tensor
 
 import hyperfunc as hf
@@ -161,7 +167,7 @@ def test_copying_over_a_state_reads_what_it_overwrites_first() -> None:
     own = {"now": torch.tensor([1.0, 2.0]), "before": torch.tensor([0.0, 0.0]), "step": torch.tensor(3)}
     swapped, metrics = {"now": own["now"] * 10, "before": own["now"], "step": own["step"] + 1}, own["step"]
     swapped, metrics = capture._apart((swapped, metrics), own)
-    capture._copy(tree.leaves(own), tree.leaves(swapped))
+    tree.overwrite(tree.leaves(own), tree.leaves(swapped))
     assert own["now"].tolist() == [10, 20]
     assert own["before"].tolist() == [1, 2]
     assert (own["step"], metrics) == (4, 3)
@@ -169,14 +175,17 @@ def test_copying_over_a_state_reads_what_it_overwrites_first() -> None:
 
 def test_what_differs_from_the_captured_is_named() -> None:
     expected = {"a": torch.zeros(3, 2), "b": torch.zeros(1)}
-    capture._check_like("batch", {"a": torch.zeros(5, 2), "b": torch.zeros(4)}, expected, but_length=True)
+    assert (
+        len(capture._leaves_like("batch", {"a": torch.zeros(5, 2), "b": torch.zeros(4)}, expected, but_length=True))
+        == 2
+    )
     found = {"a": torch.zeros(3, 4), "c": torch.zeros(1)}
     message = (
         r"batch: not what was captured: b is missing; c is new; "
         r"a is float32\[n, 4\] on cpu, was float32\[n, 2\] on cpu; capture the step anew"
     )
     with pytest.raises(ValueError, match=message):
-        capture._check_like("batch", found, expected, but_length=True)
+        capture._leaves_like("batch", found, expected, but_length=True)
 
 
 def test_captured_equals_eager(device: str) -> None:
@@ -254,6 +263,144 @@ def test_capture_names_what_changed(device: str) -> None:
         captured(p.state._replace(step=p.state.step.int()), p.batches[0])
     with pytest.raises(ValueError, match=r"batch: not what was captured: top is float32\[n\] on \S+, was int64"):
         captured(p.state, p.batches[0]._replace(top=p.batches[0].top.float()))
+
+
+def test_a_dict_may_have_its_keys_in_another_order(device: str) -> None:
+    a, b = (torch.full((1,), number, device=device) for number in (5.0, 3.0))
+
+    def step(state: Any, batch: Any) -> tuple[Any, Tensor]:
+        return {"v": state["v"] * 10 + batch["a"] - batch["b"], "m": state["m"] + 1}, batch["a"] - batch["b"]
+
+    captured = capture.capture(step, {"m": a, "v": b}, {"a": a, "b": b})
+    for state in ({"m": a, "v": b}, {"v": b, "m": a}):
+        for batch in ({"a": a, "b": b}, {"b": b, "a": a}):
+            new, metrics = captured(state, batch)
+            assert (new["m"].item(), new["v"].item(), metrics.item()) == (6, 32, 2)
+    evaluation = capture.capture_evaluation(
+        lambda network, batch: network["a"] * 10 + network["b"], {"a": a, "b": b}, a
+    )
+    for network in ({"a": a, "b": b}, {"b": b, "a": a}):
+        assert evaluation(network, a).item() == 53
+
+
+def test_a_step_whose_state_changes_its_form_is_refused(device: str) -> None:
+    state = torch.zeros(3, device=device)
+    message = r"step: must return a state like the one that it takes, but  is float64\[\] on \S+, was float32\[3\]"
+    with pytest.raises(ValueError, match=message):
+        capture.capture(lambda state, batch: (state.double().sum(), batch), state, state)
+
+
+def test_a_state_that_keeps_its_past_is_captured_whole(device: str) -> None:
+    """A new state may share memory with the old one, and so may metrics."""
+    one = torch.ones(2, device=device)
+
+    def step(state: Any, batch: Tensor) -> tuple[Any, Tensor]:
+        return {"now": state["now"] + batch, "before": state["now"]}, state["now"][:1]
+
+    captured, state = capture.capture(step, {"now": one, "before": one}, one), {"now": one, "before": one}
+    for count in range(1, 4):
+        state, metrics = captured(state, one)
+        found = [state["now"][0].item(), state["before"][0].item(), metrics.item()]
+        assert found == [1 + count, count, count]
+
+
+def test_what_was_captured_is_not_captured_again(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recordings = []
+    record = capture._record
+    monkeypatch.setattr(capture, "_record", lambda *given: (recordings.append(given), record(*given))[1])
+    batch = torch.ones(4, device=device)
+    captured = capture.capture(lambda state, batch: (state + batch.sum(), batch.sum()), batch.sum(), batch)
+    batch *= 2
+    for length in (4, 3, 4, 3):
+        assert captured(batch.sum(), batch[:length])[1] == 2 * length
+    assert len(recordings) == 2
+
+
+def test_a_network_of_which_a_part_was_copied_is_not_taken_for_the_last_one(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (torch.full((2,), number, device=device) for number in (1.0, 2.0))
+    captured = capture.capture_evaluation(lambda network, batch: network * batch, first, first)
+    assert captured(first, first).tolist() == [1, 1]
+
+    def break_off(into: Any, values: Any) -> None:
+        into[0][:1].copy_(values[0][:1])
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tree, "overwrite", break_off)
+        with pytest.raises(torch.OutOfMemoryError):
+            captured(second, first)
+    assert captured(first, first).tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"network: not what was captured:  is float32\[3\]"):
+        captured(torch.ones(3, device=device), first)
+
+
+class Secret:
+    """What a step holds."""
+
+
+@pytest.mark.parametrize("where", ["warm-up", "call", "end"])
+def test_a_capture_that_fails_leaves_nothing_behind(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's own part of it imitated: of a broken capture the end is an error, too."""
+    states: list[str] = []
+    stream = SimpleNamespace(device="cuda:0", wait_stream=lambda _other: None)
+
+    @contextlib.contextmanager
+    def record(*_args: Any, **_options: Any) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if where == "end":
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _which: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: "random state")
+    monkeypatch.setattr(torch.cuda, "set_rng_state", states.append)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Secret)
+    monkeypatch.setattr(capture, "_failed", failed := [])
+
+    def fail() -> weakref.ref[Secret]:
+        secret = Secret()
+
+        def call(part: str) -> Secret:
+            if part == where or (part, where) == ("call", "end"):
+                raise ArithmeticError("the reason")
+            return secret
+
+        with pytest.raises(ArithmeticError, match="the reason"):
+            unchecked(capture._record)(partial(call, "warm-up"), partial(call, "call"), None, stream)
+        return weakref.ref(secret)
+
+    gc.disable()  # what is in no cycle is gone without it
+    try:
+        assert fail()() is None
+    finally:
+        gc.enable()
+    assert states == ["random state"]
+    assert len(failed) == (where == "end")
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+def test_a_step_that_waits_for_the_device_is_named_and_the_next_capture_works() -> None:
+    state = torch.ones(4, device="cuda")
+
+    def waits(state: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        return state * batch.sum().item(), batch
+
+    captured = capture.capture(lambda state, batch: (state + torch.rand_like(state), batch.sum()), state, state)
+    before = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing|captur"):
+        capture.capture(waits, state, state)
+    assert torch.cuda.current_stream() == before
+    assert torch.rand(3, device="cuda").shape == (3,)
+    assert captured(state, state)[1] == 4
+    again = capture.capture(lambda state, batch: (state + batch, batch.sum()), state, state)
+    assert again(state, state)[0].tolist() == [2] * 4
 
 
 @pytest.mark.gpu

@@ -131,6 +131,29 @@ def test_batch_norm_in_training_takes_its_statistics_over_all_samples(generator:
         torch.testing.assert_close(leaf, tree.named_leaves(theirs)[path], rtol=1e-8, atol=1e-8, msg=path)
 
 
+class LowNorm(nn.Module):
+    """A batch norm of activations in 16 bits, which are far from zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3))
+        self.norm = nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm((self.layers(x) + 50).bfloat16())
+
+
+def test_statistics_over_samples_are_not_summed_in_16_bits(generator: Generator) -> None:
+    model = hf.conditional(hf.hyperize(LowNorm(), z_dim=4), hf.conditions.table(2))
+    params, batch_stats = model.init(generator)
+    images = torch.randn(6, 3, 8, 8, generator=generator)
+    ours, new = model.apply_each(params, batch_stats, torch.zeros(6, dtype=torch.int64), images, train=True)
+    theirs, expected = model.apply(params, batch_stats, torch.tensor(0), images, train=True)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(new, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_equal_conditions_train_as_one_condition(generator: Generator) -> None:
     model = hf.conditional(hf.hyper_resnet(10, z_dim=4), conditions.bounded([0], [1]))
     params, batch_stats = in_float64(model, generator)

@@ -42,6 +42,28 @@ def test_weights_of_other_names_are_refused(generator: Generator) -> None:
         model.forward(weights, batch_stats, images, train=False)
 
 
+class Remembering(nn.Module):
+    """Scales by what its first input was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+        self.layers[1].register_buffer("scale", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layers[1].scale is None:
+            self.layers[1].scale = x.detach().abs().mean()
+        return self.layers(x) / self.layers[1].scale
+
+
+def test_a_module_that_keeps_something_from_its_first_call_is_refused_at_every_one(generator: Generator) -> None:
+    model = hf.hyperize(Remembering(), z_dim=4)
+    params, batch_stats = model.init(generator)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"its forward fills the buffer 'layers.1.scale', .* register it with"):
+            model.apply(params, batch_stats, torch.ones(2, 16), train=True)
+
+
 @pytest.mark.parametrize(
     ("depth", "width", "options", "hyper", "plain"),
     [

@@ -71,6 +71,17 @@ def test_copies_are_equal_whatever_the_leaves(copy: Callable[[Any], Any]) -> Non
         assert not leaf.numel() or leaf.data_ptr() != original[name].data_ptr()
 
 
+def test_a_write_into_one_copied_leaf_is_none_into_another() -> None:
+    """Of views of one vector autograd would think so."""
+    left, right = tree.leaves(tree.clone((torch.ones(2), torch.ones(2))))
+    weight = torch.ones(2, requires_grad=True)
+    product = (weight * left).sum()
+    right.zero_()
+    product.backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == left.tolist() == [1, 1]
+
+
 def test_vectors_hold_all_leaves_in_a_few() -> None:
     vectors = tree.vectors(mixed_leaves())
     assert [(vector.dtype, len(vector)) for vector in vectors] == [

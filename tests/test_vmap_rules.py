@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import hyperfunc as hf
 from hyperfunc import ensembles, optim, training, tree
 from hyperfunc.targets import Targets
+from hyperfunc.vmap_rules import VmapRules
 
 EXACT = 1e-10
 
@@ -115,3 +117,47 @@ def test_a_norm_that_reads_its_count_is_named(kind: type[nn.Module], generator: 
     outputs, _ = members.apply(params, batch_stats, x, train=False)
     alone, _ = model.apply(*members.member((params, batch_stats), 1), x, train=False)
     torch.testing.assert_close(outputs[1], alone)
+
+
+def norm_of(*statistics: int, training: bool = True) -> Callable[[Tensor], Tensor]:
+    """A batch norm with as many running statistics, scales and shifts as given, 0 for none."""
+    counts = (*statistics, *[16] * (4 - len(statistics)))
+    mean, variance, weight, bias = (torch.ones(count) if count else None for count in counts)
+    return lambda x: F.batch_norm(x, mean, variance, weight, bias, training)
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "message"),
+    [
+        (norm_of(8), (4, 16), "running_mean should contain 16 elements not 8"),
+        (norm_of(16, 8), (4, 16), "running_var should contain 16 elements not 8"),
+        (norm_of(16, 16, 8), (4, 16), "weight should contain 16 elements not 8"),
+        (norm_of(16, 16, 16, 8), (4, 16), "bias should contain 16 elements not 8"),
+        (norm_of(0, 0, training=False), (4, 16), "running_mean must be defined in evaluation mode"),
+        (norm_of(), (1, 16), "Expected more than 1 value per channel when training"),
+    ],
+)
+def test_a_batch_norm_that_cannot_be_mapped_is_refused_as_torch_refuses_it(
+    norm: Callable[[Tensor], Tensor], shape: tuple[int, ...], message: str
+) -> None:
+    with VmapRules(), pytest.raises((RuntimeError, ValueError), match=message):
+        torch.vmap(norm)(torch.ones(2, *shape))
+    with VmapRules(), pytest.raises((RuntimeError, ValueError), match=message):
+        norm(torch.ones(shape))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(0, 16), (4, 16), (2, 16, 3), (2, 16, 3, 3)])
+def test_a_batch_norm_is_that_of_torch(shape: tuple[int, ...], training: bool, generator: Generator) -> None:
+    x = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+
+    def norm(x: Tensor) -> tuple[Tensor, ...]:
+        mean, variance = (x.new_ones(16) + 0 * x.sum() for _ in range(2))
+        output = F.batch_norm(x, mean, variance, x.new_full((16,), 2), x.new_full((16,), 3), training)
+        return output, mean, variance
+
+    with VmapRules():
+        found = torch.vmap(norm)(x)
+    for index, one in enumerate(x):
+        alone = [leaf[index] for leaf in found]
+        torch.testing.assert_close(alone, list(norm(one)), rtol=EXACT, atol=EXACT)
