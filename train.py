@@ -360,9 +360,11 @@ def start_engine(members: Sequence[Run], printer: Printer) -> None:
                 if engine.startswith("compiled"):
                     eval_step = capture.compile_step(eval_step, pictures)
                 eval_step = capture.capture_evaluation(eval_step, network, pictures)
-    except torch.OutOfMemoryError:
-        raise
+    except (torch.OutOfMemoryError, MemoryError, ValueError):
+        raise  # which no other engine would cure
     except Exception as error:  # the compiler and what it calls raise errors of many kinds
+        if os.environ.get("HYPERFUNC_TRACEBACK"):
+            raise
         reason = one_line(error)[:200]
         # A rank cannot know whether the others go on with the same engine.
         if config.engine != "auto" or run.ranks.world > 1:

@@ -128,9 +128,9 @@ def capture(step: Step, state: Any, batch: Any) -> Step:
 def capture_evaluation(function: Evaluation, network: Any, batch: Any) -> Evaluation:
     """Captures `function(network, batch) -> result` as a CUDA graph; without a CUDA tensor it is the function itself.
 
-    What comes back writes no argument, and its results are copies. A network is copied into the graph's own at the
-    first call with it and not at those that follow with the same object, so that an evaluation over many batches copies
-    it once: *do not write into it between two calls*. Batches of other lengths are captured as by `capture`.
+    What comes back writes no argument, and its results are copies. A network is copied into the graph's own at a call
+    with another object than the one before, so that an evaluation over many batches copies it once: *do not write into
+    it between two calls*. Batches of other lengths are captured as by `capture`.
 
     Args:
         function: Pure, without a synchronisation in it.

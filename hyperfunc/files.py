@@ -59,7 +59,7 @@ def write_tensors(
 def _serialize(tensors: dict[str, Tensor], header: dict[str, str]) -> bytes:
     try:
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    except TypeError:  # a dtype that numpy lacks, as bfloat16
+    except TypeError:  # a dtype that numpy lacks, as bfloat16; a file has one header, and is written by one of the two
         return safetensors.torch.save(tensors, header)
     # The same bytes several times as fast, where there are hundreds of small tensors.
     return safetensors.numpy.save(arrays, header)

@@ -38,8 +38,8 @@ def choose(name: Precision | Literal["auto"], device: torch.device) -> Precision
 
 def set_float32_products(precision: Precision) -> None:
     """Whether this process multiplies float32 as TF32, with 10 bits of mantissa, on GPUs that can: a setting of torch,
-    for all threads and whatever runs after it, so that it is for a program to make and not for a library."""
-    # torch.compile would advise another choice.
+    for all threads and whatever runs after it, so that it is for a program to make and not for a library. The advice of
+    torch.compile to choose otherwise is kept quiet, likewise for the whole process."""
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
