@@ -45,6 +45,9 @@ def compile_step(step: Evaluation, batch: Any) -> Evaluation:
     }
     if _on_cuda(batch):
         options |= torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
+        # What is stacked of so many is one kernel: the gradients of the kernels of all layers of a shape. It would else
+        # be one for each.
+        options["max_pointwise_cat_inputs"] = 32
         # What it tries for each product would fill the screen.
         options["autotune_num_choices_displayed"] = 0
         if (chatter := "max_autotune_report_choices_stats") in torch._inductor.list_options():

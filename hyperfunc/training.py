@@ -301,11 +301,19 @@ def _gradient(function: Objective, params: Params, inputs: Any, constant: tuple[
 
     free = with_primary(params, {name: value for name, value in params.primary.items() if name not in fixed})
     gradients, aux = _whole_gradient(lambda free: function(with_primary(free, {**free.primary, **fixed})), free, inputs)
-    sizes = [value.numel() for value in fixed.values()]
-    zeros = next(iter(fixed.values())).new_zeros(sum(sizes)).split(sizes)
-    silent = {name: part.view_as(fixed[name]) for name, part in zip(fixed, zeros, strict=True)}
-    found = {**gradients.primary, **silent}
+    found = {**gradients.primary, **_zeros_like(fixed, gradients.primary)}
     return with_primary(gradients, {name: found[name] for name in params.primary}), aux
+
+
+def _zeros_like(values: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A zero gradient for each of the values, beside those that were found for others."""
+    if torch.compiler.is_compiling():
+        # A tensor of zeros would be a kernel of its own for each bias; a product is made along with what it is made of.
+        by_shape = {gradient.shape: gradient for gradient in gradients.values()}
+        return {name: 0 * by_shape.get(value.shape, value) for name, value in values.items()}
+    sizes = [value.numel() for value in values.values()]
+    parts = next(iter(values.values())).new_zeros(sum(sizes)).split(sizes)
+    return {name: part.view_as(value) for (name, value), part in zip(values.items(), parts, strict=True)}
 
 
 def _whole_gradient(function: Objective, params: Params, inputs: Any) -> tuple[Params, Beside]:
