@@ -1,0 +1,33 @@
+"""What a compiled step would launch on a GPU, as benchmarks/kernels.py counts it."""
+
+import pytest
+import torch
+from torch import nn
+
+import hyperfunc as hf
+from benchmarks.kernels import kernels
+from hyperfunc import optim, training
+
+pytestmark = [pytest.mark.traced, pytest.mark.filterwarnings("ignore")]
+
+
+def layers(count: int) -> nn.Module:
+    """Convolutions of one shape, each in front of a rectifier, with one at either end that is not generated."""
+    inner = [layer for _ in range(count) for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())]
+    return nn.Sequential(nn.Conv2d(3, 16, 3), *inner, nn.Flatten(), nn.Linear(16 * 36, 10))
+
+
+def test_kernels_of_a_gpu_are_counted_without_one(generator: torch.Generator) -> None:
+    found = []
+    for count in (9, 10):
+        model = hf.hyperize(layers(count), z_dim=4)
+        optimizer = optim.sgd(0.1)
+        state = training.init_state(model, optimizer, generator)
+        batch = torch.randn(4, 3, 8, 8, generator=generator), torch.arange(4)
+        found.append(kernels(training.make_train_step(model, optimizer), state, batch))
+    fewer, more = found
+    assert (fewer["convolutions"], fewer["convolutions, backward"]) == (10, 10)
+    # A layer more: a convolution each way, its bias with its rectifier, and the way back; to generate it costs none.
+    more.subtract(fewer)
+    assert (more["convolutions"], more["convolutions, backward"], more["matrix products"]) == (1, 1, 0)
+    assert more["element by element"] + more["with sums or other reductions"] <= 3
