@@ -6,10 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import make_folder, train_command
+from helpers import RunHere, make_folder
 from PIL import Image
-
-import train
 
 Spoil = Callable[[Path], None]
 
@@ -132,21 +130,19 @@ READ: dict[str, Spoil] = {
 }
 
 
-def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+def run(folder: Path, run_here: RunHere) -> tuple[int, list[str]]:
     """The exit code of one epoch, and the lines on standard error but for those that say what is being read."""
-    capsys.readouterr()
     flags = ["--dataset", "folder", "--data-dir", str(folder), "--epochs", "1", "--batch-size", "4"]
-    code = train.main(train_command(*flags, "--checkpoint-path", str(folder.parent / "run.pth"))[2:])
-    lines = capsys.readouterr().err.splitlines()
-    return code, [line for line in lines if not line.startswith("reading ")]
+    done = run_here(*flags, "--checkpoint-path", str(folder.parent / "run.pth"))
+    return done.returncode, [line for line in done.stderr.splitlines() if not line.startswith("reading ")]
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_damaged_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_what_is_damaged_is_refused(tmp_path: Path, run_here: RunHere, name: str) -> None:
     folder = make_folder(tmp_path / "pictures", train=2, test=1)
     REFUSED[name](folder)
     before = sorted(tmp_path.rglob("*"))
-    code, lines = run(folder, capsys)
+    code, lines = run(folder, run_here)
     assert code == 2
     assert len(lines) == 1, lines
     assert lines[0].startswith("train.py: data_dir: ")
@@ -154,10 +150,10 @@ def test_what_is_damaged_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("name", READ)
-def test_what_is_merely_odd_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_what_is_merely_odd_is_read(tmp_path: Path, run_here: RunHere, name: str) -> None:
     folder = make_folder(tmp_path / "pictures", train=2, test=1)
     READ[name](folder)
-    code, lines = run(folder, capsys)
+    code, lines = run(folder, run_here)
     assert code == 0, lines
     assert (tmp_path / "run.pth").exists()
 

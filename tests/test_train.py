@@ -16,7 +16,6 @@ import pytest
 import torch
 from helpers import (
     RunHere,
-    assert_compiled_run_equals_eager_one,
     assert_refused,
     assert_trees_equal,
     interrupt_train,
@@ -278,10 +277,6 @@ def test_every_kind_of_run_starts(folder: Path, tmp_path: Path, run_here: RunHer
     assert names_in(tmp_path) == sorted(
         f"run{number}{ending}" for number in ("", ".1", ".2") for ending in (".pth", ".png", ".metrics.jsonl")
     )
-
-
-def test_a_compiled_run_trains_the_same_network(folder: Path, tmp_path: Path) -> None:
-    assert_compiled_run_equals_eager_one(*small(folder), cwd=tmp_path)
 
 
 @pytest.mark.parametrize(("engine", "code"), [("auto", 0), ("compiled", 1)])
