@@ -107,13 +107,13 @@ def capture(step: Step, state: Any, batch: Any) -> Step:
             new_state, metrics = _apart(step(own_state, own_batch), own_state)
             if differences := _differences(new_state, own_state):
                 raise ValueError(f"step: must return a state like the one that it takes, but {'; '.join(differences)}")
-            tree.overwrite(own_leaves, _in_order(new_state, own_state))
+            _overwrite(own_leaves, _in_order(new_state, own_state))
             return metrics
 
         def warm_up() -> None:
             step(own_state, own_batch)
             # As it is, because the state must not change: the kernel that copies has to have run before as well.
-            tree.overwrite(own_leaves, own_leaves)
+            _overwrite(own_leaves, own_leaves)
 
         return warm_up, advance
 
@@ -122,7 +122,7 @@ def capture(step: Step, state: Any, batch: Any) -> Step:
     def captured(new_state: Any, batch: Any) -> tuple[Any, Any]:
         run = graphs.find(batch)
         if new_state is not own_state:
-            tree.overwrite(own_leaves, _leaves_like("state", new_state, own_state))
+            _overwrite(own_leaves, _leaves_like("state", new_state, own_state))
         return own_state, run()
 
     return captured
@@ -160,7 +160,7 @@ def capture_evaluation(function: Evaluation, network: Any, batch: Any) -> Evalua
         if network is not last:
             leaves = _leaves_like("network", network, own_network)
             last = None  # until the copy is whole
-            tree.overwrite(tree.leaves(own_network), leaves)
+            _overwrite(tree.leaves(own_network), leaves)
             last = network
         return run()
 
@@ -204,7 +204,7 @@ class _Graphs:
 
         def run() -> Any:
             # The host does this for every replay: everything that can be known before is.
-            tree.overwrite(own, given)
+            _overwrite(own, given)
             graph.replay()
             return rebuild([result.clone() for result in results])
 
@@ -312,6 +312,17 @@ def _apart(value: Any, other: Any) -> Any:
     """`value` with copies of those leaves that share memory with a leaf of `other`."""
     taken = {leaf.untyped_storage().data_ptr() for leaf in tree.leaves(other)}
     return tree.map(lambda leaf: leaf.clone() if leaf.untyped_storage().data_ptr() in taken else leaf, value)
+
+
+def _overwrite(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Leaf by leaf; one operation a dtype, because a list of several is copied one by one."""
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for ours, theirs in zip(into, values, strict=True):
+        group = by_dtype.setdefault(ours.dtype, ([], []))
+        group[0].append(ours)
+        group[1].append(theirs)
+    for ours, theirs in by_dtype.values():
+        torch.ops.aten._foreach_copy_(ours, theirs)
 
 
 def _leaves_like(name: str, found: Any, expected: Any, *, but_length: bool = False) -> list[Tensor]:

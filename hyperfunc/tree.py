@@ -78,18 +78,6 @@ def clone(tree: Tree) -> Tree:
     return rebuild([part.data for part in _copies(values)])
 
 
-def overwrite(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Writes tensors over others of the same dtypes; one operation a dtype, because a list of several dtypes would be
-    copied one by one."""
-    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-    for ours, theirs in zip(into, values, strict=True):
-        group = by_dtype.setdefault(ours.dtype, ([], []))
-        group[0].append(ours)
-        group[1].append(theirs)
-    for ours, theirs in by_dtype.values():
-        torch.ops.aten._foreach_copy_(ours, theirs)
-
-
 def fetch(tree: Tree) -> Tree:
     """A copy on the CPU, whose leaves are views of a few vectors: the device is waited for a few times, and not once a
     leaf."""

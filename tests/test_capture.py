@@ -167,7 +167,7 @@ def test_copying_over_a_state_reads_what_it_overwrites_first() -> None:
     own = {"now": torch.tensor([1.0, 2.0]), "before": torch.tensor([0.0, 0.0]), "step": torch.tensor(3)}
     swapped, metrics = {"now": own["now"] * 10, "before": own["now"], "step": own["step"] + 1}, own["step"]
     swapped, metrics = capture._apart((swapped, metrics), own)
-    tree.overwrite(tree.leaves(own), tree.leaves(swapped))
+    capture._overwrite(tree.leaves(own), tree.leaves(swapped))
     assert own["now"].tolist() == [10, 20]
     assert own["before"].tolist() == [1, 2]
     assert (own["step"], metrics) == (4, 3)
@@ -328,7 +328,7 @@ def test_a_network_of_which_a_part_was_copied_is_not_taken_for_the_last_one(
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(tree, "overwrite", break_off)
+        patch.setattr(capture, "_overwrite", break_off)
         with pytest.raises(torch.OutOfMemoryError):
             captured(second, first)
     assert captured(first, first).tolist() == [1, 1]
