@@ -173,6 +173,11 @@ def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int, 
             elastic_launch(config, sys.executable)(program, *argv)
         except SignalException as stopped:
             return 128 + stopped.sigval
+        except UnboundLocalError as error:
+            # A signal may come while torch's own launcher is about to look at the clock, which it then reads unset.
+            if not isinstance(error.__context__, SignalException):
+                raise
+            return 128 + error.__context__.sigval
         except ChildFailedError as failed:
             rank, failure = failed.get_first_failure()
             if failure.exitcode >= 0:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers import ONE_THREAD, ROOT, assert_trees_equal, make_folder
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 import train
 from hyperfunc import checkpoint, journal, launch
@@ -323,6 +324,24 @@ def test_an_uneven_division_is_refused_before_anything_starts(
     assert train.main(["--devices", "cpu:3", "--dataset", "digits"]) == 2
     assert capsys.readouterr().err.startswith("train.py: --batch-size: got 128 for 3 ranks")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_a_signal_that_meets_the_launcher_at_its_clock_is_a_signal(
+    monkeypatch: pytest.MonkeyPatch, is_stopped: bool
+) -> None:
+    def start(_config: object, _program: str) -> Callable[..., None]:
+        try:
+            raise SignalException("got signal", signal.SIGTERM) if is_stopped else KeyError
+        except (SignalException, KeyError):
+            raise UnboundLocalError("start") from None
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", start)
+    if is_stopped:
+        assert launch.launch("train.py", [], 2, max_restarts=0, say=print) == 128 + signal.SIGTERM
+    else:
+        with pytest.raises(UnboundLocalError):
+            launch.launch("train.py", [], 2, max_restarts=0, say=print)
 
 
 @pytest.mark.slow
