@@ -2,7 +2,7 @@
 
 They are counted in the code that torch's compiler writes for that GPU. None is needed, and nothing is run: the step is
 traced on the CPU, its graph is moved to fake tensors on a GPU, and the compiler is told whatever it would ask a driver.
-That reaches into parts of torch which are private and may move; it was written for torch 2.14. What cuDNN makes of a
+That reaches into parts of torch which are private and move: it works with torch 2.14. What cuDNN makes of a
 convolution is not seen: forward at least one kernel, backward at least two.
 """
 
