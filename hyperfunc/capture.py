@@ -186,7 +186,7 @@ class _Graphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor], Rebuild]] = {}
         self._example = tree.map(torch.clone, batch)
-        self._structure = tree.structure(batch)
+        _, self._structure = tree.leaves_and_structure(batch)
         self._add(self._example)
 
     def find(self, batch: Any) -> Callable[[], Any]:
@@ -195,12 +195,14 @@ class _Graphs:
         Raises:
             ValueError: It differs from the first batch by more than the length.
         """
-        given = tree.leaves(batch)
-        if tree.structure(batch) != self._structure or _signature(given) not in self._graphs:
+        given, structure = tree.leaves_and_structure(batch)
+        signature = _signature(given)
+        if structure != self._structure or signature not in self._graphs:
             given = _leaves_like("batch", batch, self._example, but_length=True)
-            if _signature(given) not in self._graphs:
+            signature = _signature(given)
+            if signature not in self._graphs:
                 self._add(tree.replace_leaves(self._example, [leaf.clone() for leaf in given]))
-        graph, own, results, rebuild = self._graphs[_signature(given)]
+        graph, own, results, rebuild = self._graphs[signature]
 
         def run() -> Any:
             # The host does this for every replay: everything that can be known before is.

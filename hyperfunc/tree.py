@@ -62,9 +62,9 @@ def to(tree: Tree, *args: Any, **kwargs: Any) -> Tree:
     return map(lambda leaf: leaf.to(*args, **kwargs), tree)
 
 
-def structure(tree: Any) -> Any:
-    """What is left of a tree without its leaves; equal for trees of the same kinds, and keys in the same order."""
-    return pytree.tree_structure(tree)
+def leaves_and_structure(tree: Any) -> tuple[list[Tensor], Any]:
+    """The leaves, and what is left without them; equal for trees of the same kinds, and keys in the same order."""
+    return pytree.tree_flatten(tree)
 
 
 def clone(tree: Tree) -> Tree:

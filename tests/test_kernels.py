@@ -21,7 +21,7 @@ def layers(count: int) -> nn.Module:
 
 
 def test_kernels_of_a_gpu_are_counted_without_one(generator: torch.Generator) -> None:
-    from benchmarks.kernels import kernels
+    from benchmarks.kernels import kernels  # which can be imported under that torch alone
 
     found = []
     for count in (9, 10):
