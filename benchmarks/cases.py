@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import cycle
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ and run eagerly on a CPU."""
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 LEARNING_RATE, WEIGHT_DECAY = 0.002, 0.0005
-BATCHES = 4
+BATCHES = 4 if torch.cuda.is_available() else 2
 """Different batches that the inputs rotate through."""
 STEPS_A_REPLAY = 10
 """As train.py has it."""
@@ -40,9 +40,9 @@ class Pictures(NamedTuple):
     draws: list[data.Draw]
 
 
-def pictures(device: torch.device, batch_size: int) -> Pictures:
-    """Pictures enough for `BATCHES` batches, and those batches."""
-    count = BATCHES * batch_size
+def pictures(device: torch.device, batch_size: int, count: int | None = None) -> Pictures:
+    """So many pictures, or enough for `BATCHES` batches, and an epoch's batches of them."""
+    count = count or BATCHES * batch_size
     pixels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=data.seeded_generator("benchmark"))
     images = data.Images(pixels, torch.arange(count) % 10)
     normalization = data.measure(images)
@@ -67,6 +67,32 @@ def make_optimizer(number_format: Precision) -> optim.Optimizer:
     return optim.scaled(optimizer) if number_format == "fp16" else optimizer
 
 
+def make_training(
+    model: hf.Model,
+    given: Pictures,
+    number_format: Precision,
+    *,
+    part: Callable[[data.Draw], data.Draw] | None = None,
+    reduce: training.Reduce | None = None,
+) -> tuple[training.Step, training.TrainState]:
+    """The step, for a batch of `given` or for this rank's part of it, and a fresh state beside the pictures; both as
+    train.py has them."""
+    optimizer = make_optimizer(number_format)
+    whole = data.make_train_load(given.images, given.normalization)
+    load = (lambda draw: whole(part(draw))) if part else whole
+    step = training.make_train_step(model, optimizer, load=load, precision=number_format, reduce=reduce)
+    state = training.init_state(model, optimizer, data.seeded_generator("benchmark"))
+    return step, tree.to(state, given.images.labels.device)
+
+
+def with_engine(step: training.Step, engine: str, state: Any, rows: Any, batch_size: int) -> training.Step:
+    """The step over all the batches that are in `rows`, by an engine of train.py."""
+    if engine.startswith("compiled"):
+        step = capture.compile_step(step, next(data.batches(rows, batch_size)))
+    step = training.scan(step, batch_size)
+    return capture.capture(step, state, rows) if "graph" in engine else step
+
+
 def make_step(
     engine: Engine,
     depth: int,
@@ -83,15 +109,8 @@ def make_step(
         engine = "compiled-graph" if device.type == "cuda" else "vmapped"
     steps = STEPS_A_REPLAY if "graph" in engine else 1
     given = pictures(device, steps * batch_size)
-    number_format = number_format or precision.choose("auto", device)
-    optimizer = make_optimizer(number_format)
-    load = data.make_train_load(given.images, given.normalization)
-    step = training.make_train_step(model, optimizer, load=load, precision=number_format)
-    state = tree.to(training.init_state(model, optimizer, data.seeded_generator("benchmark")), device)
-    if engine.startswith("compiled"):
-        step = capture.compile_step(step, next(data.batches(given.draws[0], batch_size)))
-    if "graph" in engine:
-        step = capture.capture(training.scan(step, batch_size), state, given.draws[0])
+    step, state = make_training(model, given, number_format or precision.choose("auto", device))
+    step = with_engine(step, engine, state, given.draws[0], batch_size)
     draws = cycle(given.draws)
 
     def run() -> Tensor:
@@ -102,10 +121,15 @@ def make_step(
     return Race(run, steps)
 
 
-def _looped_step(depth: int, width: int, given: Pictures, device: torch.device) -> Callable[[], object]:
+def make_looped(depth: int, width: int, device: torch.device) -> tuple[LoopedHyperResNet, torch.optim.Optimizer]:
+    """The rival, and its Adam."""
     params, _ = hf.hyper_resnet(depth, width).init(data.seeded_generator("benchmark"))
     network = with_params_of(LoopedHyperResNet(depth, width), params).to(device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    return network, torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
+
+def _looped_step(depth: int, width: int, given: Pictures, device: torch.device) -> Callable[[], object]:
+    network, optimizer = make_looped(depth, width, device)
     pixels, labels = (column.cpu() for column in given.images)
     # Its workers make the next batch during a step of its own; where that is the longer of the two it is not idle while
     # another is timed, but then the device is a GPU.

@@ -26,8 +26,8 @@ from torch.fx import GraphModule
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import hyperfunc as hf
-from benchmarks.cases import make_optimizer, pictures
-from hyperfunc import capture, data, training
+from benchmarks.cases import make_training, pictures
+from hyperfunc import capture, training
 from hyperfunc.precision import Precision
 
 GPU = torch.device("cuda", 0)
@@ -174,11 +174,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--precision", choices=get_args(Precision), default="bf16")
     flags = parser.parse_args()
-    model, optimizer = hf.hyper_resnet(flags.depth, flags.width), make_optimizer(flags.precision)
     given = pictures(torch.device("cpu"), flags.batch_size)
-    load = data.make_train_load(given.images, given.normalization)
-    step = training.make_train_step(model, optimizer, load=load, precision=flags.precision)
-    found = kernels(step, training.init_state(model, optimizer, data.seeded_generator("benchmark")), given.draws[0])
+    step, state = make_training(hf.hyper_resnet(flags.depth, flags.width), given, flags.precision)
+    found = kernels(step, state, given.draws[0])
     for kind, count in (*found.items(), ("together", found.total())):
         print(f"{count:5} {kind}")
 

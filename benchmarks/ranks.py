@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 
 import hyperfunc as hf
-from benchmarks.cases import make_optimizer, pictures
+from benchmarks.cases import make_training, pictures, with_engine
 from benchmarks.measure import seconds
-from hyperfunc import capture, data, distributed, launch, sync_norm, training, tree
+from hyperfunc import distributed, launch, sync_norm, tree
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE_BYTES = 2**26
@@ -65,16 +65,8 @@ def make_step(
     model = hf.hyper_resnet(40, program.width)
     if program.sync_bn and reduced:
         model = sync_norm.synchronize(model)
-    optimizer = make_optimizer("fp32")
-    load = data.make_train_load(given.images, given.normalization)
-    step = training.make_train_step(
-        model, optimizer, load=lambda draw: load(ranks.part(draw)), reduce=ranks.reduce if reduced else None
-    )
-    state = tree.to(training.init_state(model, optimizer, data.seeded_generator("benchmark")), device)
-    if program.engine.startswith("compiled"):
-        step = capture.compile_step(step, given.draws[0])
-    if "graph" in program.engine:
-        step = capture.capture(step, state, given.draws[0])
+    step, state = make_training(model, given, "fp32", part=ranks.part, reduce=ranks.reduce if reduced else None)
+    step = with_engine(step, program.engine, state, given.draws[0], program.batch_size)
     draws = cycle(given.draws)
 
     def run() -> None:

@@ -7,40 +7,29 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import hyperfunc as hf
-from benchmarks.baseline import LoopedHyperResNet, accuracy, loader, train_epoch, with_params_of
-from benchmarks.cases import BATCHES, LEARNING_RATE, STEPS_A_REPLAY, WEIGHT_DECAY, make_optimizer
+from benchmarks.baseline import accuracy, loader, train_epoch
+from benchmarks.cases import BATCHES, STEPS_A_REPLAY, make_looped, make_training, pictures, with_engine
 from benchmarks.conftest import device_name
 from benchmarks.measure import compare, gate, median_seconds
 from hyperfunc import capture, data, precision, training, tree
 
 ON_GPU = torch.cuda.is_available()
-TRAIN, TEST, BATCH_SIZE = (50_000, 10_000, 128) if ON_GPU else (BATCHES * 128, 128, 128)
+BATCH_SIZE = 128
+TRAIN, TEST = (50_000, 10_000) if ON_GPU else (BATCHES * BATCH_SIZE, BATCH_SIZE)
 
 MINUTES_AT_MOST = {"H100": 2}
 """Gates by a part of the device's name: 200 epochs with their evaluations."""
 
 
-def pictures(count: int) -> data.Images:
-    generator = data.seeded_generator("epoch benchmark")
-    pixels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    return data.Images(pixels, torch.arange(count) % 10)
-
-
 def make_ours(device: torch.device) -> Callable[[], float]:
     """An epoch by the fastest engine for a long run."""
     model = hf.hyper_resnet(40)
-    normalization = tree.to(data.measure(pictures(TRAIN)), device)
-    train, test = tree.to(pictures(TRAIN), device), tree.to(pictures(TEST), device)
     number_format = precision.choose("auto", device)
-    optimizer = make_optimizer(number_format)
-    load = data.make_train_load(train, normalization)
-    step = training.make_train_step(model, optimizer, load=load, precision=number_format)
-    state = tree.to(training.init_state(model, optimizer, data.seeded_generator("benchmark")), device)
-    first = next(data.batches(tree.to(data.draw_epoch(0, 0, TRAIN), device), BATCH_SIZE))
     together = STEPS_A_REPLAY * BATCH_SIZE if ON_GPU else BATCH_SIZE
-    rows = next(data.batches(tree.to(data.draw_epoch(0, 0, TRAIN), device), together))
-    step = capture.capture(training.scan(capture.compile_step(step, first), BATCH_SIZE), state, rows)
-    eval_step = training.make_eval_step(model, load=data.make_eval_load(normalization), precision=number_format)
+    train, test = pictures(device, together, TRAIN), pictures(device, TEST, TEST).images
+    step, state = make_training(model, train, number_format)
+    step = with_engine(step, "compiled-graph" if ON_GPU else "compiled", state, train.draws[0], BATCH_SIZE)
+    eval_step = training.make_eval_step(model, load=data.make_eval_load(train.normalization), precision=number_format)
     network, shown = (model.weights(state.params), state.batch_stats), next(data.batches(test, 1000))
     if ON_GPU:
         eval_step = capture.capture_evaluation(capture.compile_step(eval_step, shown), network, shown)
@@ -61,11 +50,9 @@ def make_ours(device: torch.device) -> Callable[[], float]:
 
 def make_baseline(device: torch.device) -> Callable[[], float]:
     """An epoch as it is usually written."""
-    params, _ = hf.hyper_resnet(40).init(data.seeded_generator("benchmark"))
-    network = with_params_of(LoopedHyperResNet(40), params).to(device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    train = loader(*pictures(TRAIN), BATCH_SIZE, train=True)
-    test = loader(*pictures(TEST), 1000, train=False)
+    network, optimizer = make_looped(40, 1, device)
+    train, test = (pictures(torch.device("cpu"), count, count).images for count in (TRAIN, TEST))
+    train, test = loader(*train, BATCH_SIZE, train=True), loader(*test, 1000, train=False)
 
     def run() -> float:
         train_epoch(network, optimizer, train, device)

@@ -8,9 +8,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import hyperfunc as hf
-from benchmarks.cases import STEPS_A_REPLAY, make_optimizer, pictures
+from benchmarks.cases import STEPS_A_REPLAY, make_optimizer, make_training, pictures, with_engine
 from benchmarks.measure import compare, median_seconds, rounds_of, time_rounds
-from hyperfunc import capture, data, population, precision, training, tree
+from hyperfunc import capture, population, precision, training
 
 ON_GPU = torch.cuda.is_available()
 DEPTH, BATCH_SIZE = (40, 128) if ON_GPU else (10, 8)
@@ -37,24 +37,18 @@ def trainings(count: int, device: torch.device, *, together: bool) -> Callable[[
     """A call that takes so many runs on by `STEPS`, by the engine that train.py takes on a GPU, else as it is."""
     model = hf.hyper_resnet(DEPTH)
     number_format = precision.choose("auto", device)
-    optimizer = make_optimizer(number_format)
     given = pictures(device, STEPS * BATCH_SIZE)
-    seeds = [data.seeded_generator("benchmark", seed) for seed in range(count)]
-    states = [tree.to(training.init_state(model, optimizer, seed), device) for seed in seeds]
-
+    step, state = make_training(model, given, number_format)
+    states, draws = [state] * count, given.draws
     if together and count > 1:
         load = population.make_load([given.images] * count, [given.normalization] * count)
-        groups = [(population.stack(states), [population.side_by_side([draw] * count) for draw in given.draws])]
+        optimizer = make_optimizer(number_format)
         step = population.map_step(training.make_train_step(model, optimizer, load=load, precision=number_format))
-    else:
-        load = data.make_train_load(given.images, given.normalization)
-        groups = [(state, given.draws) for state in states]
-        step = training.make_train_step(model, optimizer, load=load, precision=number_format)
-    if ON_GPU:
-        step = capture.compile_step(step, next(data.batches(groups[0][1][0], BATCH_SIZE)))
-    steps = training.scan(step, BATCH_SIZE)
+        states = [population.stack(states)]
+        draws = [population.side_by_side([draw] * count) for draw in draws]
+    steps = with_engine(step, "compiled" if ON_GPU else "eager", states[0], draws[0], BATCH_SIZE)
     # Single runs are processes of their own in earnest, and each has its graph.
-    running = [(capture.capture(steps, state, rows[0]), state, cycle(rows)) for state, rows in groups]
+    running = [(capture.capture(steps, state, draws[0]), state, cycle(draws)) for state in states]
 
     def call() -> None:
         for index, (advance, state, rows) in enumerate(running):

@@ -30,7 +30,7 @@ CLOCK = RankZeroClock()
 def test_step_by_ranks(benchmark: BenchmarkFixture, count: int, sync_bn: bool) -> None:
     if sync_bn and count == 1:
         pytest.skip("one rank has nothing to synchronise")
-    flags = ["--rounds", "10", "--batch-size", str(BATCH_SIZE), *["--sync-bn"] * sync_bn]
+    flags = ["--rounds", "5", "--batch-size", str(BATCH_SIZE), *["--sync-bn"] * sync_bn]
     program = ranks.parse(flags)
     benchmark.group = f"training step of 40-1, batch {BATCH_SIZE}, by ranks"
     found = ranks.measure(program, count)

@@ -22,4 +22,4 @@ def test_startup(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
             assert any(line.startswith("epoch 1/1  batch 1/") for line in process.stdout)
             process.kill()
 
-    benchmark.pedantic(run, rounds=3, iterations=1, warmup_rounds=1)
+    benchmark.pedantic(run, rounds=3, iterations=1)
