@@ -48,6 +48,12 @@ def compile_step(step: Evaluation, batch: Any) -> Evaluation:
         # What is stacked of so many is one kernel: the gradients of the kernels of all layers of a shape. It would else
         # be one for each.
         options["max_pointwise_cat_inputs"] = 32
+        # Convolutions are cuDNN's: some of Inductor's own are wrong before torch 2.14 (pytorch#173068).
+        options["max_autotune_conv_backends"] = "ATEN"
+        # Sums of rows and of columns in one kernel, which never writes those that go into a larger tensor, as gradients
+        # go into the optimizer's vector (pytorch#193061).
+        if (both_sums := "triton.mix_order_reduction") in torch._inductor.list_options():
+            options[both_sums] = False
         # What it tries for each product would fill the screen.
         options["autotune_num_choices_displayed"] = 0
         if (chatter := "max_autotune_report_choices_stats") in torch._inductor.list_options():

@@ -319,7 +319,7 @@ def mean_over_ranks(count: int, gradients: Any, averages: Any, sums: Any) -> tup
     """
     moving = [leaf for leaf in tree.leaves(averages) if leaf.is_floating_point()]
     dtype = tree.leaves(gradients)[0].dtype
-    own, unravel = tree.ravel(tree.to((gradients, moving, sums), dtype))
+    own, unravel = tree.ravel(tree.map(lambda leaf: leaf.to(dtype), (gradients, moving, sums)))
     sizes = [tree.num_params(kind) for kind in (gradients, moving, sums)]
     first, second, third = own.split(sizes)
     buffer = torch.cat([first, second * count, third, own.new_full((1,), count)])

@@ -58,8 +58,16 @@ def num_params(tree: Any) -> int:
 
 
 def to(tree: Tree, *args: Any, **kwargs: Any) -> Tree:
-    """`Tensor.to` on every leaf: another device, another floating-point type."""
-    return map(lambda leaf: leaf.to(*args, **kwargs), tree)
+    """`Tensor.to` on every leaf: another device, another floating-point type. Integers, which count, stay integers, as
+    under `nn.Module.to`."""
+
+    def move(leaf: Tensor) -> Tensor:
+        moved = leaf.to(*args, **kwargs)
+        if moved.dtype == leaf.dtype or leaf.is_floating_point() or leaf.is_complex():
+            return moved
+        return leaf.to(moved.device, copy=kwargs.get("copy", False))
+
+    return map(move, tree)
 
 
 def leaves_and_structure(tree: Any) -> tuple[list[Tensor], Any]:

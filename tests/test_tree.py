@@ -113,3 +113,16 @@ def test_trees_are_equal_in_structure_and_every_leaf() -> None:
     others = ([1], (1, 2), [1, 2.0], [1, "2"], [1, torch.tensor(2)], [1, True])
     assert not any(tree.equal(*pair) for pair in [(a_tree(), changed), *(([1, 2], other) for other in others)])
     assert not tree.equal(torch.ones(2), torch.ones(2, dtype=torch.float64))
+
+
+def test_another_dtype_leaves_integers_as_they_are() -> None:
+    values = {"weight": torch.ones(2), "step": torch.tensor(300), "mask": torch.tensor([True])}
+    moved = tree.to(values, torch.bfloat16)
+    assert {name: leaf.dtype for name, leaf in moved.items()} == {
+        "weight": torch.bfloat16,
+        "step": torch.int64,
+        "mask": torch.bool,
+    }
+    assert moved["step"] == 300
+    copied = tree.to(values, torch.float64, copy=True)
+    assert copied["step"] is not values["step"]
