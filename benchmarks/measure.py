@@ -18,12 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hyperfunc.precision import LOW
 
-PAIRS = 40
-"""Measurements of both sides behind a ratio that has a bound; where they take longer than `PATIENCE`, down to half as
-many."""
-
-PATIENCE = 15.0
-"""Seconds."""
+ROUNDS = 40
+"""Pairs of measurements behind a ratio."""
 
 ATTEMPTS = 3
 """How often a ratio may miss its gate before the gate fails: a shared machine loses a core now and then."""
@@ -56,23 +52,18 @@ class Ratio(NamedTuple):
     theirs: float
 
 
-def compare(ours: Call, theirs: Call, *, rounds: int | None = None, repeats: tuple[int, int] = (1, 1)) -> Ratio:
+def compare(ours: Call, theirs: Call, *, rounds: int = ROUNDS, repeats: tuple[int, int] = (1, 1)) -> Ratio:
     """Measures the two in turn, so that what slows the machine down slows both, and takes the median of the ratios.
 
     Args:
         ours: A call of the one.
         theirs: A call of the other.
-        rounds: Pairs of measurements; by default `PAIRS`.
+        rounds: Pairs of measurements.
         repeats: Calls a measurement, of the one and of the other; what is compared is a single call.
     """
     ours()
     theirs()
-    started = time.perf_counter()
-    pairs: list[tuple[float, float]] = []
-    while len(pairs) < (rounds or PAIRS):
-        pairs.append((seconds(ours, repeats[0]), seconds(theirs, repeats[1])))
-        if rounds is None and 2 * len(pairs) >= PAIRS and time.perf_counter() - started > PATIENCE:
-            break
+    pairs = [(seconds(ours, repeats[0]), seconds(theirs, repeats[1])) for _ in range(rounds)]
     return Ratio(
         speedup=statistics.median(theirs / ours for ours, theirs in pairs),
         ours=statistics.median(ours for ours, _ in pairs),

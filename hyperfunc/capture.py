@@ -50,14 +50,13 @@ def compile_step(step: Evaluation, batch: Any) -> Evaluation:
         options["max_pointwise_cat_inputs"] = 32
         # Convolutions are cuDNN's: some of Inductor's own are wrong before torch 2.14 (pytorch#173068).
         options["max_autotune_conv_backends"] = "ATEN"
-        # Sums of rows and of columns in one kernel, which never writes those that go into a larger tensor, as gradients
-        # go into the optimizer's vector (pytorch#193061).
-        if (both_sums := "triton.mix_order_reduction") in torch._inductor.list_options():
-            options[both_sums] = False
         # What it tries for each product would fill the screen.
         options["autotune_num_choices_displayed"] = 0
-        if (chatter := "max_autotune_report_choices_stats") in torch._inductor.list_options():
-            options[chatter] = False
+        # Not all versions have these. One kernel for the sums of rows and of columns never writes those that go into a
+        # larger tensor, as gradients go into the optimizer's vector (pytorch#193061).
+        off = "max_autotune_report_choices_stats", "triton.mix_order_reduction"
+        known = torch._inductor.list_options()
+        options |= {name: False for name in off if name in known}
     else:
         # A sum that several passes need, such as the gradient behind a ReLU, is stored and not made again in each.
         options["realize_reads_threshold"] = 2

@@ -133,7 +133,10 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     dtypes = sorted({str(leaf.dtype) for leaf in values})
     if len(dtypes) != 1:
         found = " and ".join(dtypes) or "no leaf at all"
-        raise ValueError(f"ravel: all leaves must have one dtype, got {found}; convert them with tree.to(tree, dtype)")
+        raise ValueError(
+            f"ravel: all leaves must have one dtype, got {found}; convert them with "
+            "tree.map(lambda leaf: leaf.to(dtype), tree)"
+        )
     shapes = [leaf.shape for leaf in values]
 
     return _join(values), lambda vector: rebuild(_split(vector, shapes))

@@ -36,3 +36,18 @@ def test_kernels_of_a_gpu_are_counted_without_one(generator: torch.Generator) ->
     more.subtract(fewer)
     assert (more["convolutions"], more["convolutions, backward"], more["matrix products"]) == (1, 1, 0)
     assert more["element by element"] + more["with sums or other reductions"] <= 3
+
+
+def test_no_kernel_takes_sums_both_ways(generator: torch.Generator) -> None:
+    """As Inductor otherwise makes them for a large layer norm; see `capture.compile_step`."""
+    from benchmarks.kernels import written
+
+    width, count = 512, 16384
+    norm = nn.Sequential(nn.Linear(16, width), nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, 64), nn.Linear(64, 10))
+    model = hf.hyperize(norm, z_dim=4)
+    optimizer = optim.sgd(0.1)
+    state = training.init_state(model, optimizer, generator)
+    batch = torch.randn(count, 16, generator=generator), torch.arange(count) % 10
+    code = written(training.make_train_step(model, optimizer), state, batch)
+    assert "triton_per_" in code or "triton_red_" in code
+    assert "MixOrder" not in code
