@@ -347,7 +347,7 @@ def start_engine(members: Sequence[Run], printer: Printer) -> None:
     try:
         if engine.startswith("compiled"):
             printer.say(f"engine       {engine}: compiling, which takes a minute or more the first time")
-            step = capture.compile_step(step, batch)
+            step = capture.compile_step(step, batch, channels_last=len(members) == 1)
             # The step is pure: what this computes is thrown away, and the state is as it was.
             with printer.waiting(f"compiling {engine}"):
                 step(state, batch)

@@ -85,10 +85,12 @@ def make_training(
     return step, tree.to(state, given.images.labels.device)
 
 
-def with_engine(step: training.Step, engine: str, state: Any, rows: Any, batch_size: int) -> training.Step:
+def with_engine(
+    step: training.Step, engine: str, state: Any, rows: Any, batch_size: int, *, channels_last: bool = True
+) -> training.Step:
     """The step over all the batches that are in `rows`, by an engine of train.py."""
     if engine.startswith("compiled"):
-        step = capture.compile_step(step, next(data.batches(rows, batch_size)))
+        step = capture.compile_step(step, next(data.batches(rows, batch_size)), channels_last=channels_last)
     step = training.scan(step, batch_size)
     return capture.capture(step, state, rows) if "graph" in engine else step
 

@@ -50,6 +50,12 @@ class Ratio(NamedTuple):
     speedup: float
     ours: float
     theirs: float
+    pairs: int
+
+    @property
+    def noted(self) -> dict[str, Any]:
+        """As it stands in the json."""
+        return {"times_faster": round(self.speedup, 2), "pairs": self.pairs}
 
 
 def compare(ours: Call, theirs: Call, *, rounds: int = ROUNDS, repeats: tuple[int, int] = (1, 1)) -> Ratio:
@@ -68,12 +74,13 @@ def compare(ours: Call, theirs: Call, *, rounds: int = ROUNDS, repeats: tuple[in
         speedup=statistics.median(theirs / ours for ours, theirs in pairs),
         ours=statistics.median(ours for ours, _ in pairs),
         theirs=statistics.median(theirs for _, theirs in pairs),
+        pairs=rounds,
     )
 
 
 def in_steps(ratio: Ratio, steps: int) -> Ratio:
     """The ratio a step, where a call of ours makes `steps` and one of theirs a single one."""
-    return Ratio(ratio.speedup * steps, ratio.ours / steps, ratio.theirs)
+    return ratio._replace(speedup=ratio.speedup * steps, ours=ratio.ours / steps)
 
 
 def rounds_of(call: Call, at_least: float) -> int:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import hyperfunc as hf
 from benchmarks.cases import make_training, pictures, with_engine
 from benchmarks.measure import seconds
-from hyperfunc import distributed, launch, sync_norm, tree
+from hyperfunc import distributed, launch, precision, sync_norm, tree
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE_BYTES = 2**26
@@ -65,7 +65,8 @@ def make_step(
     model = hf.hyper_resnet(40, program.width)
     if program.sync_bn and reduced:
         model = sync_norm.synchronize(model)
-    step, state = make_training(model, given, "fp32", part=ranks.part, reduce=ranks.reduce if reduced else None)
+    number_format = precision.choose("auto", device)
+    step, state = make_training(model, given, number_format, part=ranks.part, reduce=ranks.reduce if reduced else None)
     step = with_engine(step, program.engine, state, given.draws[0], program.batch_size)
     draws = cycle(given.draws)
 
@@ -101,6 +102,7 @@ def rank_main(program: argparse.Namespace) -> None:
             "ranks": ranks.world,
             "device": device.type,
             "threads": torch.get_num_threads(),
+            "precision": precision.choose("auto", device),
             "width": program.width,
             "batch_size": program.batch_size,
             "bytes": 4 * numbers,

@@ -25,7 +25,7 @@ def row(benchmark: dict[str, Any]) -> str:
     """One benchmark's line: the time of one step where a round holds several."""
     info = benchmark["extra_info"]
     seconds = benchmark["stats"]["median"] / info.get("steps_per_round", 1)
-    ratio = f"{info['times_faster']:.2f} times faster" if "times_faster" in info else ""
+    ratio = f"{info['times_faster']:.2f} times faster ({info['pairs']} pairs)" if "times_faster" in info else ""
     speed = f"{info['images_per_second']:,}" if "images_per_second" in info else ""
     return f"| {info['case']} | {1000 * seconds:,.4g} ms | {ratio} | {speed} |"
 

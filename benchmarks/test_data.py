@@ -28,4 +28,4 @@ def test_augmentation(benchmark: BenchmarkFixture, device: torch.device, kind: s
 
     benchmark.pedantic(gather if kind == "gather" else transforms, rounds=20, iterations=1, warmup_rounds=2)
     if kind == "gather":
-        benchmark.extra_info["times_faster"] = round(compare(gather, transforms, rounds=10).speedup, 2)
+        benchmark.extra_info |= compare(gather, transforms, rounds=10).noted

@@ -30,7 +30,7 @@ def test_seeds_in_one_step(benchmark: BenchmarkFixture, device: torch.device, co
         info = benchmark.extra_info
         info |= {"case": f"{count} seed{'s' * (count > 1)}", "steps_per_round": repeat * STEPS}
         info["images_per_second"] = round(count * BATCH_SIZE * STEPS * repeat / median_seconds(benchmark))
-        info["times_faster"] = round(ratio.speedup, 2)
+        info |= ratio.noted
 
 
 def trainings(count: int, device: torch.device, *, together: bool) -> Callable[[], object]:
@@ -39,14 +39,15 @@ def trainings(count: int, device: torch.device, *, together: bool) -> Callable[[
     number_format = precision.choose("auto", device)
     given = pictures(device, STEPS * BATCH_SIZE)
     step, state = make_training(model, given, number_format)
-    states, draws = [state] * count, given.draws
-    if together and count > 1:
+    states, draws, stacked = [state] * count, given.draws, together and count > 1
+    if stacked:
         load = population.make_load([given.images] * count, [given.normalization] * count)
         optimizer = make_optimizer(number_format)
         step = population.map_step(training.make_train_step(model, optimizer, load=load, precision=number_format))
         states = [population.stack(states)]
         draws = [population.side_by_side([draw] * count) for draw in draws]
-    steps = with_engine(step, "compiled" if ON_GPU else "eager", states[0], draws[0], BATCH_SIZE)
+    engine = "compiled" if ON_GPU else "eager"
+    steps = with_engine(step, engine, states[0], draws[0], BATCH_SIZE, channels_last=not stacked)
     # Single runs are processes of their own in earnest, and each has its graph.
     running = [(capture.capture(steps, state, draws[0]), state, cycle(draws)) for state in states]
 

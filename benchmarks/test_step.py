@@ -81,14 +81,16 @@ def test_step(
         return
     step_seconds = median_seconds(benchmark) / repeat / race.steps
     info |= {"case": engine, "width": width, "batch_size": batch_size, "steps_per_round": repeat * race.steps}
-    info["precision"] = "fp32" if engine == "looped" else precision.choose("auto", device)
+    # The rival leaves torch's settings as they are, by which cuDNN takes TF32.
+    rivals = "fp32, convolutions in tf32" if ON_GPU and torch.backends.cudnn.allow_tf32 else "fp32"
+    info["precision"] = rivals if engine == "looped" else precision.choose("auto", device)
     info["images_per_second"] = round(batch_size / step_seconds)
     info["seconds_to_first_step"] = round(first, 2)
     peak = torch.cuda.max_memory_reserved() if ON_GPU else peak_memory(race.call)
     info["peak_memory_mib"] = round(peak / 2**20)
     plain = hf.resnet(40, width)
     work = work_per_image(hf.materialize(plain, *plain.init(data.seeded_generator("work"))))
-    low = LOW.get(info["precision"])
+    low = LOW.get(precision.choose("auto", device)) if engine != "looped" else None
     work = work._replace(bytes=work.bytes / 2 if low else work.bytes)
     floors = ceilings.flop_per_second[low] / work.flop, ceilings.bytes_per_second / work.bytes
     info["flop_floor_images_per_second"], info["bytes_floor_images_per_second"] = map(round, floors)
@@ -105,7 +107,7 @@ def test_step(
         return in_steps(compare(race.call, looped.call, repeats=repeats, rounds=ROUNDS if bounds else 5), race.steps)
 
     ratio = pairs()
-    info["times_faster"] = round(ratio.speedup, 2)
+    info |= ratio.noted
     for bound in bounds:
         speed = bound.images_per_second
         gate(ratio, pairs, speedup=bound.speedup, seconds=batch_size / speed if speed else math.inf)

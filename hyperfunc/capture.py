@@ -28,7 +28,7 @@ WARM_UP_STEPS = 3
 """Steps on a side stream before the capture: compilation and the choice of algorithms must not be captured."""
 
 
-def compile_step(step: Evaluation, batch: Any) -> Evaluation:
+def compile_step(step: Evaluation, batch: Any, *, channels_last: bool = True) -> Evaluation:
     """Compiles a step, or an evaluation, for batches shaped like `batch`; others, such as the last of an epoch, run as
     they are.
 
@@ -38,11 +38,15 @@ def compile_step(step: Evaluation, batch: Any) -> Evaluation:
 
     Only its arguments and torch's own settings are looked at again in later calls: what else the step reads, a variable
     around it for example, is taken to be what it was at the first.
+
+    Args:
+        step: Pure.
+        batch: Any batch of the shapes that will follow.
+        channels_last: Of all that convolutions read and write. Turn it off for a step under `torch.vmap` over
+            parameters: its convolutions are grouped, and for those it is Inductor that should choose.
     """
-    options: dict[str, Any] = {
-        # Without this Inductor gives up channels_last wherever all convolutions have 64 channels or fewer.
-        "force_layout_optimization": True,
-    }
+    # Inductor itself gives up channels_last wherever all convolutions have 64 channels or fewer.
+    options: dict[str, Any] = {"force_layout_optimization": channels_last}
     if _on_cuda(batch):
         options |= torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
         # What is stacked of so many is one kernel: the gradients of the kernels of all layers of a shape. It would else
@@ -281,8 +285,7 @@ def _record(
                         raise
             except BaseException as error:
                 if error is not failure:
-                    # The capture could not be ended, and the allocator goes on to ask the graph what belongs to it.
-                    _failed.append(graph)
+                    _abandon(graph, pool, stream)
                 # What the end of a broken capture raises says no more than that it was broken.
                 failure = failure or error
         try:
@@ -294,7 +297,21 @@ def _record(
 
 
 _failed: list[torch.cuda.CUDAGraph] = []
-"""Graphs whose capture could not be ended; see `_record`."""
+"""Graphs whose capture could not be ended, which the allocator may go on to ask what belongs to them."""
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> None:
+    """Closes what torch up to 2.11, and maybe later, leaves open of a capture that could not be ended: the allocator
+    goes on to record into its pool (pytorch#180395), and the device's random generator takes itself for captured
+    (pytorch#176753), until the end of another capture. Where torch does so by itself, nothing happens.
+    """
+    _failed.append(graph)
+    names = "_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"  # the second until torch 2.7
+    for end in (getattr(torch._C, name) for name in names if hasattr(torch._C, name)):
+        with contextlib.suppress(RuntimeError):
+            end(stream.device.index, pool)
+    with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+        torch.zeros(1, device=stream.device)
 
 
 @contextlib.contextmanager

@@ -187,7 +187,7 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
         **kwargs: Any,
     ) -> tuple[Any, BatchStats]:
         _check_tensor("conditions", conditions)
-        _check_one_a_sample(conditions, args)
+        _check_one_a_sample(conditions, args, kwargs)
         # Each sample goes in as a batch of one, because a module may not know how to do without a batch.
         singles = tree.map(lambda leaf: leaf.unsqueeze(1), args)
 
@@ -423,13 +423,20 @@ def _check_tensor(name: str, conditions: Any) -> None:
         raise ValueError(f"{name}: got {conditions!r}, expected a tensor; make it one with torch.tensor")
 
 
-def _check_one_a_sample(conditions: Tensor, args: tuple[Any, ...]) -> None:
+def _check_one_a_sample(conditions: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     if not conditions.dim():
         raise ValueError(
             "conditions: got a single number, expected one condition a sample, stacked along the first dimension; "
             "for one condition for all samples use apply"
         )
-    for leaf in tree.leaves(args):
+    leaves = tree.leaves(args)
+    others = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)]
+    if not leaves or others:
+        raise ValueError(
+            f"args: got {', '.join(others) or 'nothing'} by position, expected tensors there, with one entry a sample; "
+            f"what is given by keyword ({', '.join(kwargs) or 'nothing'}) is the same for all samples"
+        )
+    for leaf in leaves:
         if not leaf.dim() or len(leaf) != len(conditions):
             raise ValueError(
                 f"conditions: got {len(conditions)} for an input of shape {tuple(leaf.shape)}, expected one for each "

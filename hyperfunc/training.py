@@ -13,7 +13,7 @@ from torch.func import grad, vjp
 from torch.nn import functional as F
 
 from hyperfunc import data, tree
-from hyperfunc.model import BatchStats, Model, Params
+from hyperfunc.model import BatchStats, Model, Params, check_model
 from hyperfunc.optim import Optimizer, Scaled
 from hyperfunc.precision import LOW, Precision, autocast
 from hyperfunc.randomness import Seed, drawing_layers, fold_in
@@ -66,7 +66,7 @@ def make_train_step(
     decay: Decay = "parameters",
     weight_decay: float = 0.0,
     precision: Precision = "fp32",
-    seed: int = 0,
+    seed: int | None = None,
     reduce: Reduce | None = None,
 ) -> Step:
     """Builds `step(state, batch) -> (new state, metrics)`; the arguments are never written.
@@ -84,12 +84,15 @@ def make_train_step(
         weight_decay: Used under decay="generated" alone.
         precision: What products are computed in; see `precision`. The parameters may be of any dtype but for bf16 and
             fp16, where they should be float32.
-        seed: Of the model's own randomness, its dropout for example, which is a function of it and of the step.
+        seed: Of the model's own randomness, its dropout for example, which is a function of it and of the step. Where
+            none is given it is 0 for a module with layers that are known to draw; what another draws in its forward, by
+            `functional.dropout` for example, comes from torch's global generator then.
         reduce: For a batch whose pictures are divided over ranks; what `load` gives is then this rank's part.
 
     Raises:
-        ValueError: `decay` is unknown, or `weight_decay` is given where it would be ignored.
+        ValueError: `decay` is unknown, or `weight_decay` is given where it would be ignored; or `model` is no Model.
     """
+    check_model(model)
     gradient = _make_gradient(model, decay, weight_decay, precision, seed, summed=reduce is not None)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -136,11 +139,12 @@ def make_gradients(
     decay: Decay = "parameters",
     weight_decay: float = 0.0,
     precision: Precision = "fp32",
-    seed: int = 0,
+    seed: int | None = None,
     reduce: Reduce | None = None,
 ) -> Callable[[TrainState, Any], Params]:
     """Builds `gradients(state, batch) -> params`, what a train step of the same arguments gives to its optimizer, but
     for a scale of the loss."""
+    check_model(model)
     gradient = _make_gradient(model, decay, weight_decay, precision, seed, summed=reduce is not None)
 
     def gradients(state: TrainState, batch: Any) -> Params:
@@ -159,6 +163,7 @@ def make_eval_step(model: Model, *, load: Load = tuple, precision: Precision = "
     It takes the weights (`model.weights(params)`) and not the parameters, so that an evaluation over many batches
     generates the kernels once.
     """
+    check_model(model)
 
     @torch.no_grad()
     def eval_step(network: tuple[dict[str, Tensor], BatchStats], batch: Any) -> Metrics:
@@ -212,7 +217,7 @@ Objective = Callable[[Params], tuple[Tensor, Beside]]
 
 
 def _make_gradient(
-    model: Model, decay: str, weight_decay: float, precision: Precision, seed: int, *, summed: bool
+    model: Model, decay: str, weight_decay: float, precision: Precision, seed: int | None, *, summed: bool
 ) -> Callable[[TrainState, Tensor, Tensor, Tensor | None], tuple[Params, Beside]]:
     """Builds `gradient(state, images, labels, scale)`, of the objective of `_make_objective`."""
     silent = _silent_biases(model)
@@ -267,10 +272,13 @@ def _make_objective(
     return objective
 
 
-def _make_step_seed(model: Model, seed: int) -> Callable[[TrainState], Seed | None]:
-    """Builds the seed of each step; None for a model without dropout, which would only run slower under one."""
-    is_random = bool(drawing_layers(model.module))
-    return lambda state: fold_in(seed, state.step) if is_random else None
+def _make_step_seed(model: Model, seed: int | None) -> Callable[[TrainState], Seed | None]:
+    """Builds the seed of each step. It is None where none was given and nothing is known to draw, which would only run
+    slower under one."""
+    if seed is None and not drawing_layers(model.module):
+        return lambda _state: None
+    first = seed or 0
+    return lambda state: fold_in(first, state.step)
 
 
 def _silent_biases(model: Model) -> tuple[str, ...]:

@@ -344,10 +344,12 @@ class Secret:
 def test_a_capture_that_fails_leaves_nothing_behind(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch's own part of it imitated: of a broken capture the end is an error, too."""
     states: list[str] = []
-    stream = SimpleNamespace(device="cuda:0", wait_stream=lambda _other: None)
+    closed: list[Any] = []
+    stream = SimpleNamespace(device=torch.device("cuda", 0), wait_stream=lambda _other: None)
 
     @contextlib.contextmanager
-    def record(*_args: Any, **_options: Any) -> Iterator[None]:
+    def record(graph: Secret, **_options: Any) -> Iterator[None]:
+        closed.append(graph)
         try:
             yield
         finally:
@@ -362,6 +364,9 @@ def test_a_capture_that_fails_leaves_nothing_behind(where: str, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "set_rng_state", states.append)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Secret)
     monkeypatch.setattr(capture, "_failed", failed := [])
+    monkeypatch.setattr(capture, "_abandon", unchecked(capture._abandon))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *given: closed.append(given), raising=False)
+    monkeypatch.delattr(torch._C, "_cuda_endAllocateCurrentStreamToPool", raising=False)
 
     def fail() -> weakref.ref[Secret]:
         secret = Secret()
@@ -372,7 +377,7 @@ def test_a_capture_that_fails_leaves_nothing_behind(where: str, monkeypatch: pyt
             return secret
 
         with pytest.raises(ArithmeticError, match="the reason"):
-            unchecked(capture._record)(partial(call, "warm-up"), partial(call, "call"), None, stream)
+            unchecked(capture._record)(partial(call, "warm-up"), partial(call, "call"), (0, 7), stream)
         return weakref.ref(secret)
 
     gc.disable()  # what is in no cycle is gone without it
@@ -382,6 +387,9 @@ def test_a_capture_that_fails_leaves_nothing_behind(where: str, monkeypatch: pyt
         gc.enable()
     assert states == ["random state"]
     assert len(failed) == (where == "end")
+    if where == "end":
+        broken, pool, another = closed
+        assert (pool, broken is failed[0], another is broken) == ((0, (0, 7)), True, False)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from typing import Any
 
 import oracle
@@ -320,6 +321,12 @@ def test_wrong_conditions(generator: Generator) -> None:
         calling(conditions.table(3), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="conditions: got a single number"):
         calling(conditions.table(3), torch.tensor(0))
+    model = hf.conditional(base, tasks)
+    each = partial(unchecked(model.apply_each), *model.init(generator), torch.tensor([0, 1, 2, 0]), train=False)
+    with pytest.raises(ValueError, match=r"args: got nothing by position, .* by keyword \(x\) is the same for all"):
+        each(x=images)
+    with pytest.raises(ValueError, match="args: got NoneType by position, expected tensors there"):
+        each(images, None)
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,39 @@ def test_training_steps_drop_anew_each_time_and_the_same_for_the_same_step() -> 
     assert other(state, batch)[1].loss != first.loss
 
 
+class Unseen(nn.Module):
+    """It draws where only its forward says so."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.drop_prob = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.drop_prob, self.training)
+
+
+class DropPath(Unseen):
+    """As timm calls it."""
+
+
+@pytest.mark.parametrize(("layer", "seed"), [(Unseen(0.5), 0), (Unseen(0.5), 7), (DropPath(0.5), None)])
+def test_a_seed_that_is_given_holds_whatever_draws(layer: nn.Module, seed: int | None) -> None:
+    model = hf.hyperize(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), layer, nn.Linear(16, 4)), z_dim=8)
+    optimizer = optim.sgd(optim.constant(0.0))
+    state = training.init_state(model, optimizer, torch.Generator().manual_seed(0))
+    step = training.make_train_step(model, optimizer, seed=seed)
+    batch = torch.ones(8, 16), torch.arange(8) % 4
+    before = torch.get_rng_state()
+    after, first = step(state, batch)
+    assert step(state, batch)[1].loss == first.loss
+    assert step(after, batch)[1].loss != first.loss
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_layers_that_draw_by_a_known_name_are_found() -> None:
+    assert drawing_layers(nn.Sequential(DropPath(0.1), DropPath(0.0), Unseen(0.5))) == ["0 (DropPath)"]
+
+
 @pytest.mark.parametrize("indices", [False, True])
 @pytest.mark.parametrize("axes", [2, 3])
 def test_fractional_pooling_is_a_function_of_the_seed(axes: int, indices: bool) -> None:

@@ -1,3 +1,4 @@
+from functools import partial
 from typing import NamedTuple
 
 import oracle
@@ -209,6 +210,14 @@ def test_bad_input(generator: Generator) -> None:
         unchecked(training.make_train_step)(model, optimizer, decay="all")
     with pytest.raises(ValueError, match=r"weight_decay: got 0.1 with decay='parameters'"):
         training.make_train_step(model, optimizer, weight_decay=0.1)
+    conditional = hf.conditional(model, hf.conditions.table(2))
+    for make in (
+        partial(unchecked(training.make_train_step), optimizer=optimizer),
+        unchecked(training.make_gradients),
+        unchecked(training.make_eval_step),
+    ):
+        with pytest.raises(ValueError, match="model: got Conditional, expected a Model; that of a Conditional"):
+            make(conditional)
     params, batch_stats = model.init(generator)
     with pytest.raises(ValueError, match="batches: got none"):
         training.evaluate(model, params, batch_stats, [])
