@@ -261,7 +261,9 @@ def from_module(module: nn.Module, code_dim: int) -> Encoder:
     """An encoder of the user's own: any module that turns a batch of conditions into codes of shape (batch, code_dim).
 
     The module is copied, and its parameters start from the values that they have in it. It runs in evaluation mode: a
-    pure function has no place for what a dropout in an encoder would draw.
+    pure function has no place for what a dropout in an encoder would draw. Its buffers are constants. Where it has any,
+    a model for a CUDA graph has to be initialised on the device, with a `torch.Generator("cuda")`, and not moved there:
+    else each call would copy the buffers from the host, which a graph cannot.
 
     Args:
         module: Takes conditions stacked along the first dimension. Bounded conditions train best through
@@ -429,14 +431,13 @@ def _check_one_a_sample(conditions: Tensor, args: tuple[Any, ...], kwargs: Mappi
             "conditions: got a single number, expected one condition a sample, stacked along the first dimension; "
             "for one condition for all samples use apply"
         )
-    leaves = tree.leaves(args)
-    others = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)]
-    if not leaves or others:
+    others = [type(arg).__name__ for arg in args if arg is None or isinstance(arg, (bool, int, float, str))]
+    if not args or others:
         raise ValueError(
             f"args: got {', '.join(others) or 'nothing'} by position, expected tensors there, with one entry a sample; "
             f"what is given by keyword ({', '.join(kwargs) or 'nothing'}) is the same for all samples"
         )
-    for leaf in leaves:
+    for leaf in tree.leaves(args):
         if not leaf.dim() or len(leaf) != len(conditions):
             raise ValueError(
                 f"conditions: got {len(conditions)} for an input of shape {tuple(leaf.shape)}, expected one for each "

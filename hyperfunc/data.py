@@ -319,7 +319,7 @@ def _digits() -> Dataset:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ValueError(
-            "dataset: 'digits' come with scikit-learn, which is not installed; pip install 'hyperfunc-torch[digits]'"
+            "dataset: 'digits' come with scikit-learn, which is not installed; pip install scikit-learn"
         ) from None
     values, targets = load_digits(return_X_y=True)
     grey = torch.from_numpy(values).float().view(-1, 1, 8, 8) * (255 / 16)

@@ -98,7 +98,11 @@ def write_bytes(path: str | os.PathLike[str], content: bytes, *, keep_old_as: Pa
     """Writes a file of any content as `write_tensors` does."""
     path = Path(path).resolve()
     temporary = temporary_name(path)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except OSError as error:
+        error.filename = str(path)  # which its reader knows
+        raise
     leftovers = [temporary]
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -76,7 +76,8 @@ class Model(NamedTuple):
             statistics of the batch and update the running ones; with train=False they use the running ones and change
             nothing. Under a `seed` (an int, or a tensor of one) all that is random, as dropout is, is a function of it.
             A module with layers of dropout asks for one in training; what a module draws otherwise without one comes
-            from torch's global generator. See `randomness`.
+            from torch's global generator. See `randomness`. Arguments of the module's own that are called `train` or
+            `seed` can be given by their position only.
         kernels: `kernels(params) -> {name: tensor}`, the generated tensors. A ValueError where the embeddings are not
             as many as the model has basic kernels, as in all functions that generate.
         forward: `apply` from ready weights, which `weights(params)` gives: for many batches under the same parameters.
@@ -176,8 +177,9 @@ def hyperize(
     The module is read, not changed. Parameters that are not generated start from the values that they have in it, and
     so do its buffers; generated ones start with the mean and variance that their layer's type calls for at its fan-in
     (see `layers.kernel_of`), whatever the module holds. All of them are in `Params`, also those with
-    requires_grad=False: what stays fixed is for the optimizer to say. A tied parameter is one tensor, under the first
-    of its names.
+    requires_grad=False; to keep some of them fixed, put their old values back after each step. A tied parameter is one
+    tensor, under the first of its names. Generated kernels of convolutions lie in memory as channels_last, so that a
+    forward which looks at one by itself needs `reshape` and not `view`.
 
     Args:
         module: The primary network.
@@ -281,7 +283,7 @@ def make_forward(module: nn.Module) -> Forward:
     # The mode is fixed in one module for each, because switching it at the call would be hidden state.
     modules = {True: copy.deepcopy(module).train(), False: copy.deepcopy(module).eval()}
     names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-    every = *module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)
+    every = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     is_tied = len(every) > len(names)
     empty = {train: _empty_buffers(modules[train]) for train in modules}
 
@@ -300,6 +302,11 @@ def make_forward(module: nn.Module) -> Forward:
                 f"{' and more' * (len(drawing) > 4)}; give apply a seed=, another one for each step, or set the rates "
                 "of its dropout to 0"
             )
+        if not isinstance(batch_stats, dict):
+            raise ValueError(
+                f"batch_stats: got {type(batch_stats).__name__}, expected the module's buffers by name, as init "
+                "gives them"
+            )
         # functional_call writes new statistics into the tensors that it is given, so it is given copies.
         new_stats = tree.clone(batch_stats)
         is_mapped = tree.is_mapped((weights, batch_stats, args, kwargs))
@@ -308,19 +315,31 @@ def make_forward(module: nn.Module) -> Forward:
             new_stats = tree.mapped_with(new_stats, (weights, args, kwargs))
         values = {**{name: _safe_order(leaf, has_onednn) for name, leaf in weights.items()}, **new_stats}
         with VmapRules() if is_mapped else nullcontext(), nullcontext() if seed is None else Seeded(seed):
-            # A name that the module does not know would be passed over in silence, but for strict=True. Both looks at
-            # all names take the host long, so that they are left to where they may find something.
+            # A name that the module does not know would be passed over in silence. The host takes long to look at all
+            # names of what is tied, so that it does where it may find something.
             is_known = values.keys() == names
+            if not is_known:
+                _check_names(values, every)
             try:
-                output = functional_call(
-                    modules[train], values, args, kwargs, tie_weights=is_tied or not is_known, strict=not is_known
-                )
+                output = functional_call(modules[train], values, args, kwargs, tie_weights=is_tied)
             finally:
                 _check_empty(empty[train])
         # A buffer that forward replaced, instead of writing into it, is in `values` alone.
         return output, {name: values[name] for name in new_stats}
 
     return forward
+
+
+def _check_names(values: Mapping[str, Tensor], every: list[tuple[str, Tensor]]) -> None:
+    """Raises a ValueError where `values` are not one for each of the tensors; one that is tied may have any of its
+    names."""
+    given = {id(tensor) for name, tensor in every if name in values}
+    missing = {id(tensor): name for name, tensor in reversed(every) if id(tensor) not in given}
+    differences = [f"{name} is missing" for name in reversed(missing.values())]
+    differences += [f"{name} is unknown" for name in values.keys() - dict(every).keys()]
+    if differences:
+        shown = "; ".join(differences[:4]) + f"; and {len(differences) - 4} more" * (len(differences) > 4)
+        raise ValueError(f"weights, batch_stats: {shown}; give what the model's own init and weights give")
 
 
 def _empty_buffers(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
@@ -383,6 +402,11 @@ def _make_model(
     linear_maps = {name for name in tiling.names if _is_linear_map(module, name)}
 
     def init_params(generator: Generator) -> tuple[Params, BatchStats]:
+        if not isinstance(generator, Generator):
+            raise ValueError(
+                f"generator: got {type(generator).__name__}, expected a torch.Generator; "
+                "torch.Generator().manual_seed(0) makes one, and torch.Generator('cuda') one of a GPU"
+            )
         generators: dict[str, HyperNetParams] = {}
         embeddings: dict[str, Tensor] = {}
         for key, layers in tiling.layers.items():

@@ -25,6 +25,10 @@ def save(
 ) -> None:
     """Writes a model to one file, whole or not at all.
 
+    Of a conditional model or an ensemble it takes one network. All of it goes into
+    `checkpoint.save(path, {"best": (params, batch_stats)}, {})`, and comes back by
+    `checkpoint.restore(checkpoint.load(path), "best", model.init(torch.Generator()))`.
+
     Args:
         path: The file; its folder must exist.
         model: From `hyper_resnet`, `resnet` or `hyperize`.
@@ -36,11 +40,21 @@ def save(
         OSError: The file cannot be written; an older one stands as it was.
         ValueError: `params` or `batch_stats` do not belong to `model`.
     """
+    if not isinstance(model, Model) and isinstance(getattr(model, "model", None), Model):
+        raise ValueError(
+            f"model: got {type(model).__name__}, expected a Model; give its `model` with the params of one network, "
+            "which `at` of a Conditional and `member` of an Ensemble give, or take checkpoint.save for all of them"
+        )
     check_model(model)
     trees = {"best": (params, batch_stats)}
     tensors = checkpoint.named(trees)
     # What could not be read again is not written.
-    checkpoint.restore(checkpoint.Checkpoint(tensors, {}), "best", _like(model), any_dtype=True)
+    different = checkpoint.differences(checkpoint.Checkpoint(tensors, {}), "best", _like(model), any_dtype=True)
+    if different:
+        raise ValueError(
+            f"params, batch_stats: they do not belong to the model: {'; '.join(different)}; give those of its init, or "
+            "of one condition or member, where it is the `model` of a Conditional or an Ensemble"
+        )
     checkpoint.save(path, trees, {**(notes or {}), "model": model.recipe})
 
 

@@ -109,6 +109,8 @@ def _default(module: nn.Module, uses: dict[str, list[Use]], unit: tuple[int, int
         plane = kernel_of(uses[name][0].layer, uses[name][0].short_name, unit).plane
         if plane[0] >= unit[0] and plane[1] >= unit[1]:
             chosen.add(name)
+    if not uses:
+        raise ValueError(f"module: {_title(module)} has no parameter, and so nothing that could be generated")
     if not chosen:
         raise ValueError(
             f"targets: none of the weights of {_title(module)} fills a unit of {unit[0]}x{unit[1]} channels between "

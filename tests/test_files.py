@@ -1,6 +1,7 @@
 import os
 import pickle
 import random
+import re
 import resource
 import stat
 import subprocess
@@ -13,7 +14,7 @@ import safetensors.torch
 import torch
 from helpers import ROOT
 
-from hyperfunc.files import beside, lock_for, read_tensors, sweep, temporary_name, write_tensors
+from hyperfunc.files import beside, lock_for, read_tensors, sweep, temporary_name, write_bytes, write_tensors
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).view(3, 4),
@@ -228,6 +229,11 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> Non
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_missing_folder_is_named_by_the_path_that_was_given(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=re.escape(f"'{tmp_path / 'no' / 'run.pth'}'")):
+        write_bytes(tmp_path / "no" / "run.pth", b"")
 
 
 def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:

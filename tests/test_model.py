@@ -35,11 +35,20 @@ def test_weights_of_other_names_are_refused(generator: Generator) -> None:
     model = hf.hyper_resnet(10)
     params, batch_stats = model.init(generator)
     images, weights = torch.zeros(1, 3, 32, 32), model.weights(params)
-    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\): 'haed.weight'"):
+    with pytest.raises(ValueError, match="weights, batch_stats: haed.weight is unknown; give what"):
         model.forward({**weights, "haed.weight": torch.zeros(10, 64)}, batch_stats, images, train=False)
     del weights["head.weight"]
-    with pytest.raises(RuntimeError, match=r"Missing key\(s\): 'head.weight'"):
+    with pytest.raises(ValueError, match="weights, batch_stats: head.weight is missing; give what"):
         model.forward(weights, batch_stats, images, train=False)
+    with pytest.raises(ValueError, match="batch_stats: blocks.0.bn1.running_mean is missing; .*; and 10 more; give"):
+        model.apply(params, {}, images, train=True)
+    with pytest.raises(ValueError, match="batch_stats: got NoneType, expected the module's buffers by name"):
+        unchecked(model.forward)(model.weights(params), None, images, train=True)
+
+
+def test_a_seed_is_no_generator() -> None:
+    with pytest.raises(ValueError, match="generator: got int, expected a torch.Generator; .* makes one"):
+        unchecked(hf.hyper_resnet(10).init)(0)
 
 
 class Remembering(nn.Module):
@@ -203,7 +212,7 @@ def test_wrong_names_are_errors(generator: Generator, damage: str) -> None:
         del primary["head.bias"]
     else:
         primary["head.bais"] = primary["head.bias"]
-    with pytest.raises(RuntimeError, match="head.b"):
+    with pytest.raises(ValueError, match="weights, batch_stats: head.b.* is "):
         model.apply(params._replace(primary=primary), batch_stats, torch.randn(2, 3, 32, 32), train=True)
 
 

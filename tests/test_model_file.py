@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_trees_equal
+from helpers import assert_trees_equal, unchecked
 from torch import Generator, nn
 
 import hyperfunc as hf
@@ -104,3 +104,17 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, generator: 
     with pytest.raises(ValueError, match=r"best/0/embeddings/3x3 is float32\[1, 64\], expected float32\[32, 64\]"):
         hf.save(tmp_path / "model", model, other, batch_stats)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_of_several_networks_is_saved_whole_as_a_checkpoint(tmp_path: Path, generator: Generator) -> None:
+    model = hf.hyper_resnet(10)
+    for several in (hf.conditional(model, hf.conditions.table(2)), hf.ensemble(model, 2)):
+        params, batch_stats = several.init(generator)
+        name = type(several).__name__
+        with pytest.raises(ValueError, match=f"model: got {name}, expected a Model; .*, or take checkpoint.save"):
+            unchecked(hf.save)(tmp_path / "model", several, params, batch_stats)
+        with pytest.raises(ValueError, match=r"do not belong to the model: .*; give those of its init, or of one cond"):
+            unchecked(hf.save)(tmp_path / "model", model, params, batch_stats)
+        checkpoint.save(tmp_path / "whole", {"best": (params, batch_stats)}, {})
+        found = checkpoint.restore(checkpoint.load(tmp_path / "whole"), "best", several.init(torch.Generator()))
+        assert tree.equal(found, (params, batch_stats))

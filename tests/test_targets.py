@@ -69,7 +69,7 @@ def test_what_matches_nothing_is_named(resnet18: nn.Module, targets: Targets, me
 
 
 @pytest.mark.parametrize(
-    "module", [nn.ReLU(), nn.Sequential(nn.Linear(64, 64)), nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))]
+    "module", [nn.Sequential(nn.Linear(64, 64)), nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))]
 )
 def test_a_module_without_targets_is_named(module: nn.Module) -> None:
     name = type(module).__name__
@@ -77,6 +77,11 @@ def test_a_module_without_targets_is_named(module: nn.Module) -> None:
         ValueError, match=rf"none of the weights of the module \({name}\) fills a unit of 16x16 channels"
     ):
         hf.hyperize(module)
+
+
+def test_a_module_without_parameters_is_named() -> None:
+    with pytest.raises(ValueError, match=r"module: the module \(ReLU\) has no parameter, and so nothing"):
+        hf.hyperize(nn.ReLU())
 
 
 class TiedHead(nn.Module):

@@ -69,15 +69,25 @@ def restore(checkpoint: Checkpoint, name: str, like: Any, *, any_dtype: bool = F
     Raises:
         ValueError: The checkpoint's leaves are others than those of `like`; the message names each.
     """
-    expected = {f"{name}/{path}" if path else name: leaf for path, leaf in tree.named_leaves(like).items()}
+    if found := differences(checkpoint, name, like, any_dtype=any_dtype):
+        raise ValueError(f"the checkpoint holds another network: {'; '.join(found)}")
+    paths = _paths(name, like)
+    return tree.replace_leaves(like, [checkpoint.tensors[path].to(leaf.device) for path, leaf in paths.items()])
+
+
+def differences(checkpoint: Checkpoint, name: str, like: Any, *, any_dtype: bool = False) -> list[str]:
+    """How the pytree that was saved as `name` differs from `like`, leaf by leaf; for the arguments see `restore`."""
+    expected = _paths(name, like)
     found = {p: leaf for p, leaf in checkpoint.tensors.items() if p == name or p.startswith(f"{name}/")}
-    differences = [f"{path} is missing" for path in expected if path not in found]
-    differences += [f"{path} is unknown" for path in found if path not in expected]
+    different = [f"{path} is missing" for path in expected if path not in found]
+    different += [f"{path} is unknown" for path in found if path not in expected]
     for path in expected.keys() & found.keys():
         ours, theirs = expected[path], found[path]
         may_differ = any_dtype and ours.is_floating_point() and theirs.is_floating_point()
         if ours.shape != theirs.shape or (ours.dtype != theirs.dtype and not may_differ):
-            differences.append(f"{path} is {tree.describe(theirs)}, expected {tree.describe(ours)}")
-    if differences:
-        raise ValueError(f"the checkpoint holds another network: {'; '.join(sorted(differences))}")
-    return tree.replace_leaves(like, [found[path].to(leaf.device) for path, leaf in expected.items()])
+            different.append(f"{path} is {tree.describe(theirs)}, expected {tree.describe(ours)}")
+    return sorted(different)
+
+
+def _paths(name: str, like: Any) -> dict[str, Tensor]:
+    return {f"{name}/{path}" if path else name: leaf for path, leaf in tree.named_leaves(like).items()}
