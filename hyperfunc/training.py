@@ -327,10 +327,22 @@ def _zeros_like(values: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict
 def _whole_gradient(function: Objective, params: Params, inputs: Any) -> tuple[Params, Beside]:
     if torch.compiler.is_compiling() or tree.is_differentiated(inputs):
         return grad(function, has_aux=True)(params)
+    if tree.is_for_autograd(inputs):
+        return _plain_gradient(function, params)
     answer: Any = vjp(function, params, has_aux=True)
     total, pull_back, aux = answer
     (gradients,) = pull_back(torch.ones_like(total), retain_graph=False, create_graph=False)
     return gradients, aux
+
+
+def _plain_gradient(function: Objective, params: Params) -> tuple[Params, Beside]:
+    """By autograd itself: torch.func wraps each tensor at each operation, which the host feels where a batch is small,
+    and its way back imports torch's compiler, which takes two seconds."""
+    leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(params)]
+    with torch.enable_grad():
+        total, aux = function(tree.replace_leaves(params, leaves))
+    found = torch.autograd.grad(total, leaves, materialize_grads=True)
+    return tree.replace_leaves(params, found), tree.map(Tensor.detach, aux)
 
 
 def _loss_dtype(logits: Tensor, precision: Precision) -> Tensor:

@@ -170,6 +170,13 @@ def is_differentiated(tree: Any) -> bool:
     return any(not _is_vmap(level) for level in _transforms()) or any(leaf.requires_grad for leaf in leaves(tree))
 
 
+def is_for_autograd(tree: Any) -> bool:
+    """Whether autograd by itself can differentiate here: no transform of `torch.func` and no `torch.vmap` is around the
+    caller, and neither is inference mode, nor was it around the making of a leaf."""
+    is_inference = torch.is_inference_mode_enabled() or any(leaf.is_inference() for leaf in leaves(tree))
+    return not is_inference and not _transforms()
+
+
 def _groups(values: Sequence[Tensor]) -> list[tuple[list[Tensor], list[int]]]:
     """Small leaves by dtype and device, and each large one alone, so that joining them takes little memory; with their
     places in the list."""

@@ -15,8 +15,10 @@ SHAPE_CHECKS = os.environ.get("HYPERFUNC_SHAPE_CHECKS") != "off"
 if SHAPE_CHECKS:  # before the package is imported
     install_import_hook("hyperfunc", "typechecker.typechecked")
 
-# As the processes that the tests start: results may differ in the last bit between numbers of threads.
+# And so in the processes that the tests start: on small networks more threads only wait for each other, above all on a
+# busy machine, and results may differ in the last bit between numbers of threads.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,9 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RunHere = Callable[..., "subprocess.CompletedProcess[str]"]
 """What the fixture `run_here` gives."""
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-"""For processes of the tests: on small networks more threads only wait for each other, above all on a busy machine."""
-
 
 def unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function without the tests' own type checker, which would refuse an unknown name before the function can."""
@@ -64,7 +61,7 @@ def run_train(
     """Runs train.py to its end as a user would; in a process started for it where options of subprocess are given, or
     variables that Python reads when it starts. These draw their curves, the others where that is asked for."""
     env = env or {}
-    whole = {**os.environ, **ONE_THREAD, **env}
+    whole = {**os.environ, **env}
     if not options and not any(name.startswith("PYTHON") for name in env):
         return prepared.run(train_command(*flags), cwd=cwd, env=whole, drawn=drawn)
     return subprocess.run(
@@ -81,7 +78,7 @@ def run_train(
 
 def start_train(*flags: str, cwd: Path, env: Mapping[str, str] | None = None) -> prepared.Process:
     """Starts train.py, with all that it writes in one stream."""
-    return prepared.Process(train_command(*flags), cwd=cwd, env={**os.environ, **ONE_THREAD, **(env or {})})
+    return prepared.Process(train_command(*flags), cwd=cwd, env={**os.environ, **(env or {})})
 
 
 def interrupt_train(

@@ -1,10 +1,9 @@
 """Processes of train.py that find torch imported: forked from one that has imported it, once for all of them.
 
-Importing torch, and at the first call of torch.func its compiler, takes longer than all that a small run does. The
-process that is forked does nothing but import, so that a run begins as it would have done; what depends on the start of
-Python itself, or on a shell, needs a real one. Nor does `run` draw the curves where nobody looks at them: the process
-that draws imports matplotlib, and takes as long as all the rest. A run without has imported the package before its
-first line.
+Importing torch takes longer than all that a small run does. The process that is forked does nothing but import, so that
+a run begins as it would have done; what depends on the start of Python itself, or on a shell, needs a real one. Nor
+does `run` draw the curves where nobody looks at them: the process that draws imports matplotlib, and takes as long as
+all the rest. A run without has imported the package before its first line.
 """
 
 import atexit
@@ -23,7 +22,7 @@ from threading import Timer
 from typing import IO, Any
 from unittest import mock
 
-IMPORTED = ["torch._dynamo", "torchvision.datasets", "rich.progress", "safetensors.torch"]
+IMPORTED = ["torchvision.datasets", "rich.progress", "safetensors.torch"]
 
 SECONDS = 240
 """How long a process may take."""

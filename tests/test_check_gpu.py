@@ -12,9 +12,8 @@ from hyperfunc import check_gpu
 
 
 def run() -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "hyperfunc.check_gpu"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-X", "importtime", "-m", "hyperfunc.check_gpu"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without a GPU")
@@ -24,6 +23,9 @@ def test_without_a_gpu_the_cpu_trains_a_step() -> None:
     for label in ("Python", "torch", "CUDA", "cuDNN", "driver", "GPUs"):
         assert label in done.stdout
     assert "one training step: loss " in done.stdout
+    # It takes as long to import as torch.
+    assert "hyperfunc.training" in done.stderr
+    assert "torch._dynamo" not in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="describes a GPU that torch cannot use")

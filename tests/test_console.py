@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ONE_THREAD, make_folder, run_train, train_command
+from helpers import make_folder, run_train, train_command
 
 from hyperfunc.console import Printer
 
@@ -54,7 +54,7 @@ def test_a_stream_without_a_file_behind_it_will_do(monkeypatch: pytest.MonkeyPat
 def on_a_terminal(command: list[str], cwd: Path) -> tuple[int, str]:
     """Runs a program whose standard output and error are a terminal of 100 columns; its exit code and all it wrote."""
     ours, theirs = pty.openpty()
-    env = {**os.environ, **ONE_THREAD, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
     process = subprocess.Popen(command, cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
     os.close(theirs)
     written = b""

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import ONE_THREAD, make_folder, run_train, start_train, train_command
+from helpers import make_folder, run_train, start_train, train_command
 
 from hyperfunc import checkpoint, journal
 
@@ -31,7 +31,7 @@ def disk(tmp_path: Path) -> Path:
 def on_small_disk(folder: Path, size: str, script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Runs a shell script that sees a small file system in the place of `folder`."""
     command = ["unshare", "-m", "sh", "-c", MOUNT + script, str(folder), size, *arguments]
-    env = {"PATH": "/usr/local/bin:/usr/bin:/bin", **ONE_THREAD}
+    env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 

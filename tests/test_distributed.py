@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ranks_program as program
 import torch
-from helpers import ONE_THREAD, ROOT
+from helpers import ROOT
 
 from hyperfunc import data, launch, tree
 from hyperfunc.distributed import describe_difference, device_index, digest, joined, mean_over_ranks, part
@@ -19,8 +19,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """What so many ranks found."""
     path = tmp_path_factory.mktemp("ranks") / "found.pt"
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**ONE_THREAD, "PYTHONPATH": str(ROOT)}.items():
-            patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", str(ROOT))
         code = launch.launch(str(Path(program.__file__)), [str(path)], request.param, max_restarts=0, say=print)
     assert code == 0
     return {"world": request.param, **torch.load(path, weights_only=False)}

@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
-from helpers import ONE_THREAD, ROOT
+from helpers import ROOT
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
@@ -660,7 +660,7 @@ def test_the_program_says_what_is_missing(
 def test_the_program_can_be_run(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "hyperfunc.plot", "run.pth", "-o", "x.png"],
-        env={**os.environ, **ONE_THREAD, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,

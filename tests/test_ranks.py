@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ONE_THREAD, ROOT, assert_trees_equal, make_folder
+from helpers import ROOT, assert_trees_equal, make_folder
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -74,7 +74,7 @@ def start(tmp_path: Path, mark: str) -> Start:
         return subprocess.Popen(
             [sys.executable, *command],
             cwd=cwd,
-            env={**os.environ, **ONE_THREAD, MARK: mark, **variables},
+            env={**os.environ, MARK: mark, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -129,7 +129,6 @@ def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     done = subprocess.run(
         [sys.executable, *program(*flags, "--devices", "cpu:2", "--sync-bn", "--epochs", str(EPOCHS))],
         cwd=path,
-        env={**os.environ, **ONE_THREAD},
         capture_output=True,
         text=True,
         timeout=120,

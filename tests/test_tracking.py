@@ -18,7 +18,7 @@ from typing import Any, get_args
 import prepared
 import pytest
 import torch
-from helpers import ONE_THREAD, make_folder, run_train, train_command
+from helpers import make_folder, run_train, train_command
 from test_console import on_a_terminal
 from wandb_server import Kind, wandb_server
 
@@ -49,7 +49,7 @@ def tracked_command(*flags: str) -> list[str]:
 
 def clean(env: Mapping[str, str]) -> dict[str, str]:
     others = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    return {**others, **ONE_THREAD, **env}
+    return {**others, **env}
 
 
 def shown(folder: Path) -> list[dict[str, Any]]:
