@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hyperfunc.precision import LOW
 
 ROUNDS = 40
-"""Pairs of measurements behind a ratio."""
+"""Pairs of measurements behind a ratio that has a bound, or half as many where a pair takes a second and more."""
 
 ATTEMPTS = 3
 """How often a ratio may miss its gate before the gate fails: a shared machine loses a core now and then."""
@@ -58,18 +58,26 @@ class Ratio(NamedTuple):
         return {"times_faster": round(self.speedup, 2), "pairs": self.pairs}
 
 
-def compare(ours: Call, theirs: Call, *, rounds: int = ROUNDS, repeats: tuple[int, int] = (1, 1)) -> Ratio:
+def compare(ours: Call, theirs: Call, *, rounds: int | None = None, repeats: tuple[int, int] = (1, 1)) -> Ratio:
     """Measures the two in turn, so that what slows the machine down slows both, and takes the median of the ratios.
 
     Args:
         ours: A call of the one.
         theirs: A call of the other.
-        rounds: Pairs of measurements.
+        rounds: Pairs of measurements; see `ROUNDS`.
         repeats: Calls a measurement, of the one and of the other; what is compared is a single call.
     """
     ours()
     theirs()
-    pairs = [(seconds(ours, repeats[0]), seconds(theirs, repeats[1])) for _ in range(rounds)]
+
+    def pair() -> tuple[float, float]:
+        return seconds(ours, repeats[0]), seconds(theirs, repeats[1])
+
+    pairs = [pair()]
+    if rounds is None:
+        whole = sum(one * repeat for one, repeat in zip(pairs[0], repeats, strict=True))
+        rounds = ROUNDS if whole < 1 else ROUNDS // 2
+    pairs += [pair() for _ in range(rounds - 1)]
     return Ratio(
         speedup=statistics.median(theirs / ours for ours, theirs in pairs),
         ours=statistics.median(ours for ours, _ in pairs),

@@ -12,7 +12,6 @@ import hyperfunc as hf
 from benchmarks.cases import ENGINES, Engine, make_step, skip_reason
 from benchmarks.conftest import device_name
 from benchmarks.measure import (
-    ROUNDS,
     Ceilings,
     Ratio,
     compare,
@@ -104,7 +103,7 @@ def test_step(
 
     def pairs() -> Ratio:
         repeats = (repeat, rounds_of(looped.call, 0.2) if ON_GPU else 1)
-        return in_steps(compare(race.call, looped.call, repeats=repeats, rounds=ROUNDS if bounds else 5), race.steps)
+        return in_steps(compare(race.call, looped.call, repeats=repeats, rounds=None if bounds else 5), race.steps)
 
     ratio = pairs()
     info |= ratio.noted
