@@ -327,7 +327,11 @@ def _zeros_like(values: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict
 def _whole_gradient(function: Objective, params: Params, inputs: Any) -> tuple[Params, Beside]:
     if torch.compiler.is_compiling() or tree.is_differentiated(inputs):
         return grad(function, has_aux=True)(params)
-    if tree.is_for_autograd(inputs):
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "a training step differentiates, which torch.inference_mode forbids; leave it, or use torch.no_grad"
+        )
+    if not tree.is_transformed():
         return _plain_gradient(function, params)
     answer: Any = vjp(function, params, has_aux=True)
     total, pull_back, aux = answer

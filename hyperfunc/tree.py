@@ -170,11 +170,9 @@ def is_differentiated(tree: Any) -> bool:
     return any(not _is_vmap(level) for level in _transforms()) or any(leaf.requires_grad for leaf in leaves(tree))
 
 
-def is_for_autograd(tree: Any) -> bool:
-    """Whether autograd by itself can differentiate here: no transform of `torch.func` and no `torch.vmap` is around the
-    caller, and neither is inference mode, nor was it around the making of a leaf."""
-    is_inference = torch.is_inference_mode_enabled() or any(leaf.is_inference() for leaf in leaves(tree))
-    return not is_inference and not _transforms()
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func`, or `torch.vmap`, is around the caller."""
+    return bool(_transforms())
 
 
 def _groups(values: Sequence[Tensor]) -> list[tuple[list[Tensor], list[int]]]:
