@@ -432,11 +432,17 @@ def _check_one_a_sample(conditions: Tensor, args: tuple[Any, ...], kwargs: Mappi
             "for one condition for all samples use apply"
         )
     others = [type(arg).__name__ for arg in args if arg is None or isinstance(arg, (bool, int, float, str))]
-    if not args or others:
+    if others:
         raise ValueError(
-            f"args: got {', '.join(others) or 'nothing'} by position, expected tensors there, with one entry a sample; "
-            f"what is given by keyword ({', '.join(kwargs) or 'nothing'}) is the same for all samples"
+            f"args: got {', '.join(others)} by position, expected tensors there, with one entry a sample; give by "
+            "keyword what is the same for all samples"
         )
+    for name, value in kwargs.items() if not args else ():
+        if isinstance(value, Tensor) and len(conditions) > 1 and value.shape[:1] == conditions.shape[:1]:
+            raise ValueError(
+                f"{name}: got {tree.describe(value)} by keyword for {len(conditions)} conditions; what is given by "
+                "keyword goes whole through the network of each; give by position what has an entry for each condition"
+            )
     for leaf in tree.leaves(args):
         if not leaf.dim() or len(leaf) != len(conditions):
             raise ValueError(

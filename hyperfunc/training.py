@@ -345,7 +345,10 @@ def _plain_gradient(function: Objective, params: Params) -> tuple[Params, Beside
     leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(params)]
     with torch.enable_grad():
         total, aux = function(tree.replace_leaves(params, leaves))
-    found = torch.autograd.grad(total, leaves, materialize_grads=True)
+    if not total.requires_grad:  # it depends on none of them
+        found = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
+    else:
+        found = torch.autograd.grad(total, leaves, materialize_grads=True)
     return tree.replace_leaves(params, found), tree.map(Tensor.detach, aux)
 
 

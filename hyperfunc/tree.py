@@ -171,8 +171,9 @@ def is_differentiated(tree: Any) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of `torch.func`, or `torch.vmap`, is around the caller."""
-    return bool(_transforms())
+    """Whether a transform of `torch.func`, `torch.vmap`, or a level of `torch.autograd.forward_ad` is around the
+    caller."""
+    return bool(_transforms()) or torch.autograd.forward_ad._current_level >= 0
 
 
 def _groups(values: Sequence[Tensor]) -> list[tuple[list[Tensor], list[int]]]:

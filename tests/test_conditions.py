@@ -323,8 +323,11 @@ def test_wrong_conditions(generator: Generator) -> None:
         calling(conditions.table(3), torch.tensor(0))
     model = hf.conditional(base, tasks)
     each = partial(unchecked(model.apply_each), *model.init(generator), torch.tensor([0, 1, 2, 0]), train=False)
-    with pytest.raises(ValueError, match=r"args: got nothing by position, .* by keyword \(x\) is the same for all"):
-        each(x=images)
+    with pytest.raises(
+        ValueError, match=r"images: got float32\[4, 3, 8, 8\] by keyword for 4 conditions; .* by position"
+    ):
+        each(images=images)
+    assert each(images=images[:3])[0].shape == (12, 10)  # all three by the network of each condition
     with pytest.raises(ValueError, match="args: got NoneType by position, expected tensors there"):
         each(images, None)
 

@@ -5,7 +5,8 @@ import oracle
 import pytest
 import torch
 from helpers import assert_trees_equal, unchecked
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import grad
 from torch.nn import functional as F
 
@@ -178,7 +179,8 @@ def test_a_scan_is_the_steps_in_turn(generator: Generator) -> None:
     assert metrics.total.tolist() == [4, 4, 2]
 
 
-@pytest.mark.parametrize("outside", ["func", "autograd", "vmap"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, at the first use of forward_ad
+@pytest.mark.parametrize("outside", ["func", "autograd", "vmap", "forward"])
 def test_a_step_can_be_differentiated(generator: Generator, outside: str) -> None:
     """The parameters after two steps by the learning rate's logarithm, against a difference quotient."""
     model = hf.hyper_resnet(10)
@@ -198,9 +200,26 @@ def test_a_step_can_be_differentiated(generator: Generator, outside: str) -> Non
     elif outside == "autograd":
         leaf = at.clone().requires_grad_()
         (found,) = torch.autograd.grad(size_after(leaf), leaf)
-    else:
+    elif outside == "vmap":
         found = torch.vmap(torch.func.grad(size_after))(at.expand(2))[1]
+    else:
+        with forward_ad.dual_level():
+            found = forward_ad.unpack_dual(size_after(forward_ad.make_dual(at, torch.ones_like(at)))).tangent
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0.0)
+
+
+class Frozen(nn.Sequential):
+    """Its output depends on no parameter."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).detach()
+
+
+def test_the_gradient_of_what_depends_on_nothing_is_zero(generator: Generator) -> None:
+    model = hf.hyperize(Frozen(*[nn.Linear(16, 16) for _ in range(3)]), z_dim=4)
+    state = training.init_state(model, optim.sgd(0.1), generator)
+    found = training.make_gradients(model)(state, (torch.ones(2, 16), torch.arange(2)))
+    assert not any(leaf.any() or leaf.requires_grad for leaf in tree.leaves(found))
 
 
 def test_training_learns(generator: Generator) -> None:
