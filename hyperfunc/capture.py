@@ -310,7 +310,11 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) 
     for end in (getattr(torch._C, name) for name in names if hasattr(torch._C, name)):
         with contextlib.suppress(RuntimeError):
             end(stream.device.index, pool)
-    with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+    another = torch.cuda.CUDAGraph()
+    with (
+        contextlib.suppress(RuntimeError),
+        torch.cuda.graph(another, stream=stream, capture_error_mode="thread_local"),
+    ):
         torch.zeros(1, device=stream.device)
 
 
