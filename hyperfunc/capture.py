@@ -301,9 +301,9 @@ _failed: list[torch.cuda.CUDAGraph] = []
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> None:
-    """Closes what torch up to 2.11, and maybe later, leaves open of a capture that could not be ended: the allocator
-    goes on to record into its pool (pytorch#180395), and the device's random generator takes itself for captured
-    (pytorch#176753), until the end of another capture. Where torch does so by itself, nothing happens.
+    """Closes two things that torch up to 2.12, and maybe later, leaves open of a capture that could not be ended: the
+    allocator goes on to record into its pool (pytorch#180395), and the device's random generator takes itself for
+    captured (pytorch#176753), until the end of another capture. Where torch closes them itself, nothing happens.
     """
     _failed.append(graph)
     names = "_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"  # the second until torch 2.7

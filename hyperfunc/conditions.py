@@ -431,7 +431,7 @@ def _check_one_a_sample(conditions: Tensor, args: tuple[Any, ...], kwargs: Mappi
             "conditions: got a single number, expected one condition a sample, stacked along the first dimension; "
             "for one condition for all samples use apply"
         )
-    others = [type(arg).__name__ for arg in args if arg is None or isinstance(arg, (bool, int, float, str))]
+    others = [type(arg).__name__ for arg in args if not isinstance(arg, (Tensor, tuple, list, dict))]
     if others:
         raise ValueError(
             f"args: got {', '.join(others)} by position, expected tensors there, with one entry a sample; give by "

@@ -304,7 +304,7 @@ def make_forward(module: nn.Module) -> Forward:
             )
         if not isinstance(batch_stats, dict):
             raise ValueError(
-                f"batch_stats: got {type(batch_stats).__name__}, expected the module's buffers by name, as init "
+                f"batch_stats: got {type(batch_stats).__name__}, expected tensors by name, as the model's own init "
                 "gives them"
             )
         # functional_call writes new statistics into the tensors that it is given, so it is given copies.
@@ -334,12 +334,21 @@ def _check_names(values: Mapping[str, Tensor], every: list[tuple[str, Tensor]]) 
     """Raises a ValueError where `values` are not one for each of the tensors; one that is tied may have any of its
     names."""
     given = {id(tensor) for name, tensor in every if name in values}
-    missing = {id(tensor): name for name, tensor in reversed(every) if id(tensor) not in given}
-    differences = [f"{name} is missing" for name in reversed(missing.values())]
-    differences += [f"{name} is unknown" for name in values.keys() - dict(every).keys()]
+    missing: dict[int, str] = {}
+    for name, tensor in every:
+        if id(tensor) not in given:
+            missing.setdefault(id(tensor), name)
+    known = {name for name, _ in every}
+    differences = [f"{name} is missing" for name in missing.values()]
+    differences += [f"{name} is unknown" for name in values if name not in known]
     if differences:
-        shown = "; ".join(differences[:4]) + f"; and {len(differences) - 4} more" * (len(differences) > 4)
-        raise ValueError(f"weights, batch_stats: {shown}; give what the model's own init and weights give")
+        raise ValueError(f"weights, batch_stats: {some(differences)}; give what the model's own init and weights give")
+
+
+def some(differences: list[str], most: int = 4) -> str:
+    """As many of them as one can read, and how many more there are."""
+    more = len(differences) - most
+    return "; ".join(differences[:most]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _empty_buffers(module: nn.Module) -> list[tuple[str, nn.Module, str]]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hyperfunc import checkpoint
-from hyperfunc.model import BatchStats, Model, Params, check_model, from_recipe
+from hyperfunc.model import BatchStats, Model, Params, check_model, from_recipe, some
 
 
 def save(
@@ -52,7 +52,7 @@ def save(
     different = checkpoint.differences(checkpoint.Checkpoint(tensors, {}), "best", _like(model), any_dtype=True)
     if different:
         raise ValueError(
-            f"params, batch_stats: they do not belong to the model: {'; '.join(different)}; give those of its init, or "
+            f"params, batch_stats: they do not belong to the model: {some(different)}; give those of its init, or "
             "of one condition or member, where it is the `model` of a Conditional or an Ensemble"
         )
     checkpoint.save(path, trees, {**(notes or {}), "model": model.recipe})

@@ -107,7 +107,7 @@ class Seeded(TorchFunctionMode):
 def _rate_of(layer: nn.Module) -> float:
     """How much of its input a layer drops in training, or how much a slope that it draws may vary."""
     # By their names: torchvision's, because torchvision takes a second to import, and timm's, which may not be there.
-    if type(layer).__name__ == "DropPath":
+    if type(layer).__name__.endswith("DropPath"):
         rate = getattr(layer, "drop_prob", None)
         return float(rate) if isinstance(rate, (int, float)) else 0.0
     if isinstance(layer, nn.modules.dropout._DropoutNd) or type(layer).__name__ == "StochasticDepth":

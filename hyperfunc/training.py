@@ -86,7 +86,8 @@ def make_train_step(
             fp16, where they should be float32.
         seed: Of the model's own randomness, its dropout for example, which is a function of it and of the step. Where
             none is given it is 0 for a module with layers that are known to draw; what another draws in its forward, by
-            `functional.dropout` for example, comes from torch's global generator then.
+            `functional.dropout` for example, comes from torch's global generator then. Under a seed a step takes the
+            host a little longer, and what `randomness.Seeded` cannot seed is refused.
         reduce: For a batch whose pictures are divided over ranks; what `load` gives is then this rank's part.
 
     Raises:
@@ -227,7 +228,7 @@ def _make_gradient(
 
     def gradient(state: TrainState, images: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Params, Beside]:
         function = objective(state.batch_stats, images, labels, scale, step_seed(state))
-        return _gradient(function, state.params, (state, images), constant)
+        return _gradient(function, state.params, (state, images, labels), constant)
 
     return gradient
 
@@ -291,7 +292,7 @@ def _silent_biases(model: Model) -> tuple[str, ...]:
 
 
 def _gradient(function: Objective, params: Params, inputs: Any, constant: tuple[str, ...]) -> tuple[Params, Beside]:
-    """`torch.func.grad(function, has_aux=True)(params)`, which keeps all that the way forward has stored to the end,
+    """As `torch.func.grad(function, has_aux=True)(params)`, which keeps all that the way forward has stored to the end,
     because its result may be differentiated again. Where nobody does that, by any of `inputs`, it is freed on the way
     back.
 
@@ -328,28 +329,39 @@ def _whole_gradient(function: Objective, params: Params, inputs: Any) -> tuple[P
     if torch.compiler.is_compiling() or tree.is_differentiated(inputs):
         return grad(function, has_aux=True)(params)
     if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "a training step differentiates, which torch.inference_mode forbids; leave it, or use torch.no_grad"
-        )
-    if not tree.is_transformed():
-        return _plain_gradient(function, params)
+        with torch.inference_mode(False):
+            return _whole_gradient(function, params, inputs)
+    if tree.is_for_autograd(inputs) and (found := _plain_gradient(function, params)) is not None:
+        return found
     answer: Any = vjp(function, params, has_aux=True)
     total, pull_back, aux = answer
     (gradients,) = pull_back(torch.ones_like(total), retain_graph=False, create_graph=False)
     return gradients, aux
 
 
-def _plain_gradient(function: Objective, params: Params) -> tuple[Params, Beside]:
+def _plain_gradient(function: Objective, params: Params) -> tuple[Params, Beside] | None:
     """By autograd itself: torch.func wraps each tensor at each operation, which the host feels where a batch is small,
-    and its way back imports torch's compiler, which takes two seconds."""
+    and its way back imports torch's compiler, which takes two seconds.
+
+    None where the loss seems not to depend on a leaf. It may be true, or come of a `torch.utils.checkpoint` in the
+    network: that runs the network again on the way back, when its weights and its seed are not there any more.
+    torch.func refuses those, and so is asked then.
+    """
     leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(params)]
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(_NO_HOOKS):
         total, aux = function(tree.replace_leaves(params, leaves))
-    if not total.requires_grad:  # it depends on none of them
-        found = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
-    else:
-        found = torch.autograd.grad(total, leaves, materialize_grads=True)
+    if not total.requires_grad:
+        return None
+    found = torch.autograd.grad(total, leaves, allow_unused=True)
+    if any(gradient is None for gradient in found):
+        return None
     return tree.replace_leaves(params, found), tree.map(Tensor.detach, aux)
+
+
+_NO_HOOKS = (
+    "a training step cannot go through torch.utils.checkpoint or other hooks of saved tensors, because a network's "
+    "generated weights are there in its forward alone; leave them out"
+)
 
 
 def _loss_dtype(logits: Tensor, precision: Precision) -> Tensor:

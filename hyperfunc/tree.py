@@ -170,10 +170,12 @@ def is_differentiated(tree: Any) -> bool:
     return any(not _is_vmap(level) for level in _transforms()) or any(leaf.requires_grad for leaf in leaves(tree))
 
 
-def is_transformed() -> bool:
-    """Whether a transform of `torch.func`, `torch.vmap`, or a level of `torch.autograd.forward_ad` is around the
-    caller."""
-    return bool(_transforms()) or torch.autograd.forward_ad._current_level >= 0
+def is_for_autograd(tree: Any) -> bool:
+    """Whether autograd by itself can differentiate what is computed of these leaves: neither a transform of
+    `torch.func`, `torch.vmap`, nor a level of `torch.autograd.forward_ad` is around the caller, and no leaf was made in
+    inference mode."""
+    is_ordinary = not _transforms() and torch.autograd.forward_ad._current_level < 0
+    return is_ordinary and not any(leaf.is_inference() for leaf in leaves(tree))
 
 
 def _groups(values: Sequence[Tensor]) -> list[tuple[list[Tensor], list[int]]]:

@@ -348,7 +348,8 @@ def test_a_capture_that_fails_leaves_nothing_behind(where: str, monkeypatch: pyt
     stream = SimpleNamespace(device=torch.device("cuda", 0), wait_stream=lambda _other: None)
 
     @contextlib.contextmanager
-    def record(graph: Secret, **_options: Any) -> Iterator[None]:
+    def record(graph: Secret, **options: Any) -> Iterator[None]:
+        assert options["capture_error_mode"] == "thread_local"
         closed.append(graph)
         try:
             yield

@@ -231,7 +231,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_missing_folder_is_named_by_the_path_that_was_given(tmp_path: Path) -> None:
+def test_a_missing_folder_is_named_and_no_temporary_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=re.escape(f"'{tmp_path / 'no' / 'run.pth'}'")):
         write_bytes(tmp_path / "no" / "run.pth", b"")
 

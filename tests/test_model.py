@@ -42,7 +42,9 @@ def test_weights_of_other_names_are_refused(generator: Generator) -> None:
         model.forward(weights, batch_stats, images, train=False)
     with pytest.raises(ValueError, match="batch_stats: blocks.0.bn1.running_mean is missing; .*; and 10 more; give"):
         model.apply(params, {}, images, train=True)
-    with pytest.raises(ValueError, match="batch_stats: got NoneType, expected the module's buffers by name"):
+    with pytest.raises(
+        ValueError, match="batch_stats: got NoneType, expected tensors by name, as the model's own init"
+    ):
         unchecked(model.forward)(model.weights(params), None, images, train=True)
 
 

@@ -259,6 +259,9 @@ def test_a_seed_that_is_given_holds_whatever_draws(layer: nn.Module, seed: int |
 
 def test_layers_that_draw_by_a_known_name_are_found() -> None:
     assert drawing_layers(nn.Sequential(DropPath(0.1), DropPath(0.0), Unseen(0.5))) == ["0 (DropPath)"]
+    several = DropPath(0.1)
+    several.drop_prob = [0.1, 0.2]  # pyright: ignore[reportAttributeAccessIssue]
+    assert drawing_layers(several) == []
 
 
 @pytest.mark.parametrize("indices", [False, True])

@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import grad
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import hyperfunc as hf
 from hyperfunc import optim, training, tree
@@ -57,8 +58,11 @@ def test_a_step_is_the_same_where_autograd_is_off() -> None:
     state = a_state(model, optimizer)
     with torch.no_grad():
         assert_trees_equal(tree.named_leaves(step(state, batch)), expected)
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="which torch.inference_mode forbids; leave it"):
-        step(state, batch)
+    with torch.inference_mode():
+        assert_trees_equal(tree.named_leaves(step(state, batch)), expected)
+        copy = tree.map(torch.clone, (state, batch))  # of which autograd would not have any
+    assert_trees_equal(tree.named_leaves(step(state, copy[1])), expected)
+    assert_trees_equal(tree.named_leaves(step(*copy)), expected)
 
 
 @pytest.mark.parametrize("shortcut", ["pad", "conv"])
@@ -220,6 +224,30 @@ def test_the_gradient_of_what_depends_on_nothing_is_zero(generator: Generator) -
     state = training.init_state(model, optim.sgd(0.1), generator)
     found = training.make_gradients(model)(state, (torch.ones(2, 16), torch.arange(2)))
     assert not any(leaf.any() or leaf.requires_grad for leaf in tree.leaves(found))
+
+
+class Checkpointed(nn.Module):
+    """It runs a part again on the way back."""
+
+    def __init__(self, part: str, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.part, self.reentrant, self.dropout = part, reentrant, nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.part == "layers":
+            return self.last(checkpoint(lambda x: self.second(self.first(x)), x, use_reentrant=self.reentrant))
+        return self.last(checkpoint(self.dropout, self.second(self.first(x)), use_reentrant=self.reentrant))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(("part", "reentrant"), [("layers", True), ("layers", False), ("dropout", False)])
+def test_a_network_that_runs_parts_again_is_refused(part: str, reentrant: bool, generator: Generator) -> None:
+    model = hf.hyperize(Checkpointed(part, reentrant), z_dim=4)
+    state = training.init_state(model, optim.sgd(0.1), generator)
+    message = "must override the setup_context" if reentrant else "cannot go through torch.utils.checkpoint"
+    with pytest.raises(RuntimeError, match=message):
+        training.make_gradients(model, seed=0)(state, (torch.ones(2, 16), torch.arange(2)))
 
 
 def test_training_learns(generator: Generator) -> None:
