@@ -80,16 +80,17 @@ def test_step(
         return
     step_seconds = median_seconds(benchmark) / repeat / race.steps
     info |= {"case": engine, "width": width, "batch_size": batch_size, "steps_per_round": repeat * race.steps}
+    number_format = "fp32" if engine == "looped" else precision.choose("auto", device)
     # The rival leaves torch's settings as they are, by which cuDNN takes TF32.
-    rivals = "fp32, convolutions in tf32" if ON_GPU and torch.backends.cudnn.allow_tf32 else "fp32"
-    info["precision"] = rivals if engine == "looped" else precision.choose("auto", device)
+    in_tf32 = engine == "looped" and ON_GPU and torch.backends.cudnn.allow_tf32
+    info["precision"] = f"{number_format}{', convolutions in tf32' * in_tf32}"
     info["images_per_second"] = round(batch_size / step_seconds)
     info["seconds_to_first_step"] = round(first, 2)
     peak = torch.cuda.max_memory_reserved() if ON_GPU else peak_memory(race.call)
     info["peak_memory_mib"] = round(peak / 2**20)
     plain = hf.resnet(40, width)
     work = work_per_image(hf.materialize(plain, *plain.init(data.seeded_generator("work"))))
-    low = LOW.get(precision.choose("auto", device)) if engine != "looped" else None
+    low = LOW.get(number_format)
     work = work._replace(bytes=work.bytes / 2 if low else work.bytes)
     floors = ceilings.flop_per_second[low] / work.flop, ceilings.bytes_per_second / work.bytes
     info["flop_floor_images_per_second"], info["bytes_floor_images_per_second"] = map(round, floors)

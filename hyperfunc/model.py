@@ -25,7 +25,7 @@ from hyperfunc.layers import is_linear_map
 from hyperfunc.primary import check_module, check_values, on_meta, with_values
 from hyperfunc.randomness import Seed, Seeded, drawing_layers
 from hyperfunc.residual import Block, ResNet, Shortcut, init_weights
-from hyperfunc.targets import Targets, choose
+from hyperfunc.targets import Targets, choose, some
 from hyperfunc.tiling import Kernel, Tiling, assemble, plain_kernel, tile
 from hyperfunc.vmap_rules import VmapRules, check_mapped_training, counting_norms
 
@@ -342,13 +342,9 @@ def _check_names(values: Mapping[str, Tensor], every: list[tuple[str, Tensor]]) 
     differences = [f"{name} is missing" for name in missing.values()]
     differences += [f"{name} is unknown" for name in values if name not in known]
     if differences:
-        raise ValueError(f"weights, batch_stats: {some(differences)}; give what the model's own init and weights give")
-
-
-def some(differences: list[str], most: int = 4) -> str:
-    """As many of them as one can read, and how many more there are."""
-    more = len(differences) - most
-    return "; ".join(differences[:most]) + (f"; and {more} more" if more > 0 else "")
+        raise ValueError(
+            f"weights, batch_stats: {some(differences, 4, '; ')}; give what the model's own init and weights give"
+        )
 
 
 def _empty_buffers(module: nn.Module) -> list[tuple[str, nn.Module, str]]:

@@ -52,8 +52,8 @@ def save(
     different = checkpoint.differences(checkpoint.Checkpoint(tensors, {}), "best", _like(model), any_dtype=True)
     if different:
         raise ValueError(
-            f"params, batch_stats: they do not belong to the model: {some(different)}; give those of its init, or "
-            "of one condition or member, where it is the `model` of a Conditional or an Ensemble"
+            f"params, batch_stats: they do not belong to the model: {some(different, 4, '; ')}; give those of "
+            "its init, or of one condition or member, where it is the `model` of a Conditional or an Ensemble"
         )
     checkpoint.save(path, trees, {**(notes or {}), "model": model.recipe})
 

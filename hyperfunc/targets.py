@@ -48,7 +48,7 @@ def choose(module: nn.Module, targets: Targets | None, unit: tuple[int, int]) ->
         chosen = {name for name in uses if targets(name, module.get_parameter(name))}
         if not chosen:
             raise ValueError(
-                f"targets: the predicate chose none of the parameters of {_title(module)}: {_list(list(uses))}"
+                f"targets: the predicate chose none of the parameters of {_title(module)}: {some(list(uses))}"
             )
     else:
         several: list[Any] = (
@@ -98,6 +98,8 @@ def _kernel(name: str, uses: list[Use], unit: tuple[int, int]) -> Kernel:
 
 def _default(module: nn.Module, uses: dict[str, list[Use]], unit: tuple[int, int]) -> set[str]:
     """Every weight of a linear map that fills a unit, but those of the first and the last layer."""
+    if not uses:
+        raise ValueError(f"module: {_title(module)} has no parameter, and so nothing that could be generated")
     maps = [
         (use.layer, name) for name, places in uses.items() for use in places if is_linear_map(use.layer, use.short_name)
     ]
@@ -109,12 +111,10 @@ def _default(module: nn.Module, uses: dict[str, list[Use]], unit: tuple[int, int
         plane = kernel_of(uses[name][0].layer, uses[name][0].short_name, unit).plane
         if plane[0] >= unit[0] and plane[1] >= unit[1]:
             chosen.add(name)
-    if not uses:
-        raise ValueError(f"module: {_title(module)} has no parameter, and so nothing that could be generated")
     if not chosen:
         raise ValueError(
             f"targets: none of the weights of {_title(module)} fills a unit of {unit[0]}x{unit[1]} channels between "
-            f"its first and its last layer; give a smaller unit, or name what to generate: {_list(list(uses))}"
+            f"its first and its last layer; give a smaller unit, or name what to generate: {some(list(uses))}"
         )
     return chosen
 
@@ -126,7 +126,7 @@ def _matches(module: nn.Module, uses: dict[str, list[Use]], target: Target) -> s
         found = {first[name] for name in first if name == target or fnmatchcase(name, target)}
         if not found:
             near = difflib.get_close_matches(target, first, n=3, cutoff=0.4)
-            hint = f"; near names: {', '.join(near)}" if near else f"; it has {_list(list(first))}"
+            hint = f"; near names: {', '.join(near)}" if near else f"; it has {some(list(first))}"
             raise ValueError(f"targets: the module has no parameter {target!r}{hint}")
         return found
     inside = {id(part) for layer in module.modules() if isinstance(layer, target) for part in layer.modules()}
@@ -144,7 +144,7 @@ def _matches(module: nn.Module, uses: dict[str, list[Use]], target: Target) -> s
             type(use.layer).__name__ for places in uses.values() for use in places if is_weight(*use[1:])
         )
         raise ValueError(
-            f"targets: the module has no weight in a {target.__name__}, but in {_list(list(types)) or 'no layer'}; "
+            f"targets: the module has no weight in a {target.__name__}, but in {some(list(types)) or 'no layer'}; "
             "biases and norms are chosen by name"
         )
     return found
@@ -157,7 +157,7 @@ def _check_parametrized(prefix: str, layer: nn.Module, target: type[nn.Module], 
         if is_weight(layer, short_name):
             parts = [name for name in names if name.startswith(f"{prefix}parametrizations.{short_name}.")]
             raise ValueError(
-                f"targets: {prefix}{short_name} is in a {target.__name__}, but it is computed from {_list(parts)} and "
+                f"targets: {prefix}{short_name} is in a {target.__name__}, but it is computed from {some(parts)} and "
                 "no parameter; name what is to be generated, or remove the parametrization"
             )
 
@@ -166,5 +166,7 @@ def _title(module: nn.Module) -> str:
     return f"the module ({type(module).__name__})"
 
 
-def _list(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def some(parts: list[str], most: int = 8, between: str = ", ") -> str:
+    """As many of them as one can read, and how many more there are."""
+    more = [f"and {len(parts) - most} more"] if len(parts) > most else []
+    return between.join(parts[:most] + more)

@@ -216,6 +216,10 @@ Beside = tuple[Tensor, Tensor, BatchStats]
 Objective = Callable[[Params], tuple[Tensor, Beside]]
 """What training descends, and what comes beside it."""
 
+Differentiate = Callable[[Objective, Params, Any], tuple[Params, Beside]]
+"""The gradient of an objective, and what comes beside; of the third, all that it depends on, somebody outside may ask
+for a derivative."""
+
 
 def _make_gradient(
     model: Model, decay: str, weight_decay: float, precision: Precision, seed: int | None, *, summed: bool
@@ -225,10 +229,11 @@ def _make_gradient(
     objective = _make_objective(model, decay, weight_decay, precision, silent, summed=summed)
     step_seed = _make_step_seed(model, seed)
     constant = () if weight_decay else silent
+    differentiate = _make_differentiate()
 
     def gradient(state: TrainState, images: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Params, Beside]:
         function = objective(state.batch_stats, images, labels, scale, step_seed(state))
-        return _gradient(function, state.params, (state, images, labels), constant)
+        return _gradient(function, state.params, (state, images, labels), constant, differentiate)
 
     return gradient
 
@@ -291,7 +296,9 @@ def _silent_biases(model: Model) -> tuple[str, ...]:
     return model.module.biases_before_norms if isinstance(model.module, ResNet) else ()
 
 
-def _gradient(function: Objective, params: Params, inputs: Any, constant: tuple[str, ...]) -> tuple[Params, Beside]:
+def _gradient(
+    function: Objective, params: Params, inputs: Any, constant: tuple[str, ...], differentiate: Differentiate
+) -> tuple[Params, Beside]:
     """As `torch.func.grad(function, has_aux=True)(params)`, which keeps all that the way forward has stored to the end,
     because its result may be differentiated again. Where nobody does that, by any of `inputs`, it is freed on the way
     back.
@@ -302,14 +309,14 @@ def _gradient(function: Objective, params: Params, inputs: Any, constant: tuple[
     if isinstance(params, Params):
         fixed = {name: value for name, value in params.primary.items() if name in constant}
     if not fixed:
-        return _whole_gradient(function, params, inputs)
+        return differentiate(function, params, inputs)
 
     def with_primary(params: Params, primary: dict[str, Tensor]) -> Params:
         # Not _replace, which torch.compile cannot trace in torch 2.7.
         return Params(params.generator, params.embeddings, primary)
 
     free = with_primary(params, {name: value for name, value in params.primary.items() if name not in fixed})
-    gradients, aux = _whole_gradient(lambda free: function(with_primary(free, {**free.primary, **fixed})), free, inputs)
+    gradients, aux = differentiate(lambda free: function(with_primary(free, {**free.primary, **fixed})), free, inputs)
     found = {**gradients.primary, **_zeros_like(fixed, gradients.primary)}
     return with_primary(gradients, {name: found[name] for name in params.primary}), aux
 
@@ -325,18 +332,29 @@ def _zeros_like(values: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict
     return {name: part.view_as(value) for (name, value), part in zip(values.items(), parts, strict=True)}
 
 
-def _whole_gradient(function: Objective, params: Params, inputs: Any) -> tuple[Params, Beside]:
-    if torch.compiler.is_compiling() or tree.is_differentiated(inputs):
-        return grad(function, has_aux=True)(params)
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return _whole_gradient(function, params, inputs)
-    if tree.is_for_autograd(inputs) and (found := _plain_gradient(function, params)) is not None:
-        return found
-    answer: Any = vjp(function, params, has_aux=True)
-    total, pull_back, aux = answer
-    (gradients,) = pull_back(torch.ones_like(total), retain_graph=False, create_graph=False)
-    return gradients, aux
+def _make_differentiate() -> Differentiate:
+    """Builds `differentiate(function, params, inputs)`, for functions of one network."""
+    # It is the network that keeps autograd from differentiating it by itself, and so no second step runs it twice.
+    is_refused = False
+
+    def differentiate(function: Objective, params: Params, inputs: Any) -> tuple[Params, Beside]:
+        nonlocal is_refused
+        if torch.compiler.is_compiling() or tree.is_differentiated(inputs):
+            return grad(function, has_aux=True)(params)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return differentiate(function, params, inputs)
+        if not is_refused and tree.is_for_autograd(inputs):
+            found = _plain_gradient(function, params)
+            if found is not None:
+                return found
+            is_refused = True
+        answer: Any = vjp(function, params, has_aux=True)
+        total, pull_back, aux = answer
+        (gradients,) = pull_back(torch.ones_like(total), retain_graph=False, create_graph=False)
+        return gradients, aux
+
+    return differentiate
 
 
 def _plain_gradient(function: Objective, params: Params) -> tuple[Params, Beside] | None:

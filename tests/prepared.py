@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from multiprocessing import forkserver
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from threading import Timer
@@ -85,9 +84,6 @@ def drawing(drawn: bool) -> contextlib.AbstractContextManager[Any]:
 def _start(command: Sequence[str], cwd: Path, env: Mapping[str, str], output: int, errors: int, *, drawn: bool) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
-    # Libraries read it when they are imported.
-    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": env["OMP_NUM_THREADS"]}):
-        forkserver.ensure_running()
     process = context.Process(target=_Run(list(command), str(cwd), dict(env), output, errors, drawn))
     process.start()
     return process

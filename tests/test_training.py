@@ -226,6 +226,33 @@ def test_the_gradient_of_what_depends_on_nothing_is_zero(generator: Generator) -
     assert not any(leaf.any() or leaf.requires_grad for leaf in tree.leaves(found))
 
 
+class PartlyUsed(nn.Module):
+    """It has a parameter that its output does not depend on, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*[nn.Linear(16, 16) for _ in range(3)])
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        calls.append(x.shape)
+        return self.layers(x)
+
+
+calls: list[torch.Size] = []
+
+
+def test_a_network_with_an_unused_parameter_is_run_once_a_step(generator: Generator) -> None:
+    model, batch = hf.hyperize(PartlyUsed(), z_dim=4), (torch.ones(2, 16), torch.arange(2))
+    state = training.init_state(model, optim.sgd(0.1), generator)
+    gradients = training.make_gradients(model)
+    first = gradients(state, batch)  # by which it is found
+    assert not first.primary["unused"].any()
+    calls.clear()
+    assert_trees_equal(tree.named_leaves(gradients(state, batch)), tree.named_leaves(first))
+    assert len(calls) == 1
+
+
 class Checkpointed(nn.Module):
     """It runs a part again on the way back."""
 
