@@ -44,6 +44,7 @@ from hyperfunc import (
     tree,
     vmap_rules,
     watch,
+    winograd,
 )
 from hyperfunc._version import __version__
 from hyperfunc.conditions import Conditional, ConditionalParams, Encoder, conditional, encode_bounded
@@ -128,4 +129,5 @@ __all__ = [
     "tree",
     "vmap_rules",
     "watch",
+    "winograd",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperfunc import tree
+from hyperfunc import tree, winograd
 from hyperfunc.compiled_norms import CompiledNorms
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
@@ -34,7 +34,8 @@ def compile_step(step: Evaluation, batch: Any, *, channels_last: bool = True) ->
 
     One graph without a break: whatever cannot be traced is an error at the first call, not a slow step. Compilation
     happens at that first call and takes from ten seconds to minutes; what it makes is kept on disk, where a later
-    process finds it. Batch norms take another form; see `compiled_norms`.
+    process finds it. Batch norms take another form, and on some CPUs convolutions do; see `compiled_norms` and
+    `winograd`.
 
     Only its arguments and torch's own settings are looked at again in later calls: what else the step reads, a variable
     around it for example, is taken to be what it was at the first.
@@ -64,6 +65,8 @@ def compile_step(step: Evaluation, batch: Any, *, channels_last: bool = True) ->
     else:
         # A sum that several passes need, such as the gradient behind a ReLU, is stored and not made again in each.
         options["realize_reads_threshold"] = 2
+        if winograd.is_worthwhile():
+            options["post_grad_custom_post_pass"] = winograd.graph_pass()
     if hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):  # and with it this option, since torch 2.8
         options["guard_filter_fn"] = _on_arguments
 
