@@ -44,13 +44,9 @@ GATES: dict[str, dict[tuple[Engine, int, int], Gate]] = {
         ("compiled-graph", 1, 128): Gate(25, 100_000),
         ("compiled-graph", 2, 128): Gate(45, 70_000),
     },
-    "CPU": {("compiled", 1, 128): Gate(1.6), ("compiled", 1, 8): Gate(3)},
-    "CPU with AVX512": {("compiled", 1, 128): Gate(1.7)},
+    "CPU": {("compiled", 1, 128): Gate(1.7), ("compiled", 1, 8): Gate(3)},
 }
-"""By a part of the device's name, by (engine, width, batch size).
-
-At batch 128 a CPU does little but convolutions, which are the rival's too, and AVX-512 leaves the least time for them.
-"""
+"""By a part of the device's name, by (engine, width, batch size)."""
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
