@@ -29,22 +29,22 @@ WARM_UP_STEPS = 3
 
 
 def compile_step(step: Evaluation, batch: Any, *, channels_last: bool = True) -> Evaluation:
-    """Compiles a step, or an evaluation, for batches shaped like `batch`; others, such as the last of an epoch, run as
-    they are.
+    """Compiles a step, or an evaluation, for batches shaped like `batch`; others, such as the last of an epoch, run
+    uncompiled.
 
     One graph without a break: whatever cannot be traced is an error at the first call, not a slow step. Compilation
     happens at that first call and takes from ten seconds to minutes; what it makes is kept on disk, where a later
     process finds it. Batch norms take another form, and on some CPUs convolutions do; see `compiled_norms` and
     `winograd`.
 
-    Only its arguments and torch's own settings are looked at again in later calls: what else the step reads, a variable
-    around it for example, is taken to be what it was at the first.
+    Later calls check again only the arguments and torch's own settings. Whatever else the step reads, such as a
+    variable around it, is taken to be what it was at the first call.
 
     Args:
         step: Pure.
         batch: Any batch of the shapes that will follow.
-        channels_last: Of all that convolutions read and write. Turn it off for a step under `torch.vmap` over
-            parameters: its convolutions are grouped, and for those it is Inductor that should choose.
+        channels_last: Whether convolutions read and write in that order of memory. Turn it off for a step under
+            `torch.vmap` over parameters: its convolutions are grouped, and for those it is Inductor that should choose.
     """
     # Inductor itself gives up channels_last wherever all convolutions have 64 channels or fewer.
     options: dict[str, Any] = {"force_layout_optimization": channels_last}
@@ -363,7 +363,7 @@ def _leaves_like(name: str, found: Any, expected: Any, *, but_length: bool = Fal
         ValueError: There are `_differences`.
     """
     if differences := _differences(found, expected, but_length=but_length):
-        raise ValueError(f"{name}: not what was captured: {'; '.join(differences)}; capture the step anew for it")
+        raise ValueError(f"{name}: not what was captured: {'; '.join(differences)}; capture it again")
     return _in_order(found, expected)
 
 

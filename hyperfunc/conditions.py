@@ -30,7 +30,8 @@ from hyperfunc.vmap_rules import batch_norm
 
 
 class Encoder(NamedTuple):
-    """A function from conditions to codes; `table`, `bounded` and `from_module` make one, and so does any such triple.
+    """A function from conditions to codes; `table`, `bounded` and `from_module` make one, and your own is
+    `Encoder(init, apply, code_dim)`.
 
     Attributes:
         init: `init(generator) -> params`, a pytree; an empty dict for an encoder without parameters.
@@ -67,6 +68,7 @@ class ConditionalForward(Protocol):
         /,
         *args: Any,
         train: bool,
+        seed: Seed | None = None,
         **kwargs: Any,
     ) -> tuple[Any, BatchStats]: ...
 
@@ -74,21 +76,21 @@ class ConditionalForward(Protocol):
 class Conditional(NamedTuple):
     """A model whose generated weights depend on a condition, as pure functions.
 
-    For one set of weights a condition, map: `torch.vmap(kernels, in_dims=(None, 0))(params, conditions)`.
+    For one set of weights per condition, map: `torch.vmap(kernels, in_dims=(None, 0))(params, conditions)`.
 
     Attributes:
         init: `init(generator) -> (params, batch_stats)`, on the generator's device.
-        apply: `apply(params, batch_stats, condition, *args, train, **kwargs) -> (output, new batch_stats)`: one
-            condition, and so one network, for the whole batch.
-        apply_each: `apply_each(params, batch_stats, conditions, *args, train, **kwargs)`: a condition for each sample,
-            which goes through weights of its own. Conditions and `args` are stacked along the first dimension, and so
-            are the outputs; `kwargs` are the same for all samples. In evaluation it equals a loop over the samples. In
-            training a batch norm takes mean and variance over all samples of the batch (and their pixels), each
-            sample from its own weights, and updates the one set of running statistics by them: what an ordinary
-            network does, and exactly that where all conditions are equal. A loop over samples could not do that: it
-            would normalise each sample by itself, unlike evaluation. Buffers of other kinds that a module writes are
-            those of the first sample. Under a `seed` dropout draws for each sample by itself. A `torch.autocast`
-            around the call does not reach the convolutions, because it stands outside of a vmap.
+        apply: `apply(params, batch_stats, condition, *args, train, seed=None, **kwargs) -> (output, new batch_stats)`:
+            one condition, and so one network, for the whole batch.
+        apply_each: `apply_each(params, batch_stats, conditions, *args, train, seed=None, **kwargs)`: a condition for
+            each sample, which goes through weights of its own. Conditions and `args` are stacked along the first
+            dimension, and so are the outputs; `kwargs` are the same for all samples. In evaluation it equals a loop
+            over the samples. In training a batch norm takes mean and variance over all samples of the batch (and their
+            pixels), each sample from its own weights, and updates the one set of running statistics by them: what an
+            ordinary network does, and exactly that where all conditions are equal. A loop over samples could not do
+            that: it would normalise each sample by itself, unlike evaluation. Buffers of other kinds that a module
+            writes are those of the first sample. Under a `seed` dropout draws for each sample by itself. A
+            `torch.autocast` around the call does not reach the convolutions, because it stands outside of a vmap.
         at: `at(params, condition) -> Params` of `model`: the network of one condition by itself, for `materialize`,
             `save` and all else that takes a model's parameters.
         kernels: `kernels(params, condition) -> {name: tensor}`, the generated tensors.
@@ -115,8 +117,8 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
     length 1 here. A code of zeros stays zeros, and leaves the generator's biases.
 
     Raises:
-        ValueError: The model generates nothing, or is no Model; the encoder is none, or its code has no entry. The
-            functions of the result raise one for conditions, or codes, of a wrong shape.
+        ValueError: The model generates nothing, or is not a Model; `encoder` is not an Encoder, or its code has no
+            entry. The functions of the result raise one for conditions, or codes, of a wrong shape.
     """
     check_model(model)
     if not isinstance(encoder, Encoder):
@@ -145,8 +147,8 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
         if found.shape != (len(conditions), encoder.code_dim):
             raise ValueError(
                 f"encoder: for {len(conditions)} conditions of shape {tuple(conditions.shape[1:])} got codes of shape "
-                f"{tuple(found.shape)}, expected {(len(conditions), encoder.code_dim)}; set code_dim to what the "
-                "encoder puts out, and let it keep the first dimension"
+                f"{tuple(found.shape)}, expected {(len(conditions), encoder.code_dim)}; set code_dim to the "
+                "size of the encoder's output, and let the encoder keep the first dimension"
             )
         if found.is_complex():
             raise ValueError(
@@ -210,10 +212,10 @@ def table(count: int) -> Encoder:
     A condition is an integer tensor of shape (); a batch of them has the shape (n,).
 
     Raises:
-        ValueError: `count` is not positive.
+        ValueError: `count` is not a whole number of at least 1.
     """
-    if count < 1:
-        raise ValueError(f"count: got {count}, expected at least 1 task")
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"count: got {count}, expected at least 1 task, as a whole number")
 
     def apply(_params: Any, conditions: Integer[Tensor, "n"]) -> Float[Tensor, "n count"]:
         whole = not (conditions.is_floating_point() or conditions.is_complex() or conditions.dtype == torch.bool)
@@ -263,7 +265,7 @@ def from_module(module: nn.Module, code_dim: int) -> Encoder:
     The module is copied, and its parameters start from the values that they have in it. It runs in evaluation mode: a
     pure function has no place for what a dropout in an encoder would draw. Its buffers are constants. Where it has any,
     a model for a CUDA graph has to be initialised on the device, with a `torch.Generator("cuda")`, and not moved there:
-    else each call would copy the buffers from the host, which a graph cannot.
+    otherwise each call would copy the buffers from the host, which a graph cannot.
 
     Args:
         module: Takes conditions stacked along the first dimension. Bounded conditions train best through
@@ -370,7 +372,7 @@ def _batch_norm(
     count = samples * input.numel() // input.shape[1]
     if count < 2:
         raise ValueError(
-            f"conditions: got {samples}, with one value a channel in a batch norm; expected more, or train=False"
+            f"conditions: got {samples}, with one value per channel in a batch norm; expected more, or train=False"
         )
     dtype = input.dtype
     input = input.to(torch.promote_types(dtype, torch.float32))  # 16 bits hold no sums over a batch

@@ -47,9 +47,9 @@ def parse_every(text: str) -> Every:
 class Config:
     """One run. Every field is a flag of the command line, with dashes or underscores alike."""
 
-    epochs: int = option(200, "run", "times over the training set", at_least=1, at_most=10**6)
+    epochs: int = option(200, "run", "passes over the training set", at_least=1, at_most=10**6)
     batch_size: int = option(
-        128, "run", "pictures a step; the last batch of an epoch may be smaller", at_least=1, shapes=True
+        128, "run", "pictures per step; the last batch of an epoch may be smaller", at_least=1, shapes=True
     )
     eval_batch_size: int = option(
         0, "run", "pictures at once in evaluation; 0 means 1000 on a GPU and 100 on the CPU", at_least=0
@@ -87,7 +87,7 @@ class Config:
     )
     timeout: float = option(300, "ranks", "seconds that a rank waits for another", at_least=2, at_most=86400)
     max_restarts: int = option(
-        0, "ranks", "how often ranks are started again after a failure, to go on", at_least=0, at_most=1000
+        0, "ranks", "how often the ranks are started again after a failure", at_least=0, at_most=1000
     )
     seeds: str = option(
         "",
@@ -114,7 +114,7 @@ class Config:
     )
 
     report_every: int = option(50, "run", "batches from one line of loss and accuracy to the next", at_least=1)
-    quiet: bool = option(False, "run", "say nothing but what goes wrong")
+    quiet: bool = option(False, "run", "print only warnings and errors")
 
     model: Literal["hyper", "plain"] = option(
         "hyper",
@@ -235,7 +235,7 @@ def check_config(config: Config) -> None:
     elif config.resume and not path.is_file():
         raise ValueError(
             f"--resume: there is no checkpoint at {config.checkpoint_path}; name it with --checkpoint-path, "
-            "or leave --resume away to begin anew"
+            "or omit --resume to begin anew"
         )
 
 

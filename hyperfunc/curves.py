@@ -205,9 +205,8 @@ def log_axis(axes: "matplotlib.axes.Axes", low: float, high: float, ticks: Seque
     """A logarithmic y axis with plain numbers beside it, at `ticks` or, without any, at round ones."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-    axes.set_ylim(
-        low, high
-    )  # before the scale, for which it would else be looked up in curves that may have no logarithm
+    # Before the scale, which would otherwise take the limits from curves that may have no logarithm.
+    axes.set_ylim(low, high)
     axes.set_yscale("log", nonpositive="mask")
     decades = math.log10(high / low)
     subs = (1, 2, 5) if decades < 2.5 else (1, 3) if decades < 4 else (1,)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -27,6 +28,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from hyperfunc import tree
 from hyperfunc.files import lock_for, read_tensors, sweep, write_tensors
 
 Name = Literal["cifar10", "cifar100", "digits", "folder", "synthetic"]
@@ -79,10 +81,10 @@ class Draw(NamedTuple):
 
 
 class Normalization(NamedTuple):
-    """Mean and standard deviation a channel, on the scale of the pixels, 0 to 255."""
+    """Mean and standard deviation per channel, on the scale of the pixels, 0 to 255."""
 
-    mean: Float[Tensor, "3"]
-    std: Float[Tensor, "3"]
+    mean: Float[Tensor, "*n 3"]
+    std: Float[Tensor, "*n 3"]
 
 
 def load_dataset(
@@ -113,7 +115,7 @@ def load_dataset(
         OSError: The data cannot be read or downloaded.
     """
     if name not in get_args(Name):
-        raise ValueError(f"dataset: got {name!r}, expected one of {', '.join(get_args(Name))}")
+        raise ValueError(f"name: got {name!r}, expected one of {', '.join(get_args(Name))}")
     path = Path(data_dir)
     if name in ("cifar10", "cifar100"):
         dataset = _cifar(name, path, notify)
@@ -128,7 +130,7 @@ def load_dataset(
 
 def measure(images: Images) -> Normalization:
     """The mean and standard deviation of each channel over all pixels, from exact counts."""
-    levels = torch.arange(256, dtype=torch.float64)
+    levels = torch.arange(256, dtype=torch.float64, device=images.pixels.device)
     counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.pixels.unbind(-1)]).double()
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ levels
@@ -212,9 +214,9 @@ def make_eval_load(
 
 
 def batches(rows: Any, batch_size: int, *, start: int = 0) -> Iterator[Any]:
-    """Cuts a NamedTuple of equally long tensors into batches, the last as short as need be, from batch `start` on."""
-    for begin in range(start * batch_size, len(rows[0]), batch_size):
-        yield type(rows)(*(column[begin : begin + batch_size] for column in rows))
+    """Cuts a pytree of equally long tensors into batches, the last as short as need be, from batch `start` on."""
+    for begin in range(start * batch_size, len(tree.leaves(rows)[0]), batch_size):
+        yield tree.map(itemgetter(slice(begin, begin + batch_size)), rows)
 
 
 def _split(dataset: Dataset, val_size: int, train_size: int, seed: int) -> Dataset:

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from hyperfunc import tree
-from hyperfunc.watch import EARLY, RankLost, Told, Watch, meet
-
-__all__ = ["SAVE", "Alone", "Group", "RankLost", "Ranks", "Told", "joined", "mean_over_ranks"]
+from hyperfunc.watch import EARLY, Watch, meet
+from hyperfunc.watch import RankLost as RankLost
+from hyperfunc.watch import Told as Told
 
 Tree = TypeVar("Tree")
 
@@ -131,7 +131,7 @@ class Group:
         return reduce
 
     def part(self, rows: Any) -> Any:
-        """This rank's rows of a NamedTuple of equally long tensors: as many as another's or one less, also none."""
+        """This rank's rows of a pytree of equally long tensors: as many as another's or one less, also none."""
         return part(rows, self.rank, self.world)
 
     def sum(self, values: Tree) -> Tree:
@@ -296,10 +296,10 @@ def holds_up_exit() -> bool:
 
 
 def part(rows: Any, rank: int, world: int) -> Any:
-    """The rows of a NamedTuple of equally long tensors that belong to a rank."""
-    count = len(rows[0])
+    """The rows of a pytree of equally long tensors that belong to a rank."""
+    count = len(tree.leaves(rows)[0])
     begin, end = rank * count // world, (rank + 1) * count // world
-    return type(rows)(*(column[begin:end] for column in rows))
+    return tree.map(lambda column: column[begin:end], rows)
 
 
 def mean_over_ranks(count: int, gradients: Any, averages: Any, sums: Any) -> tuple[Any, Any, Any]:

@@ -26,11 +26,11 @@ class Ensemble(NamedTuple):
     """Models of one shape, as pure functions of their stacked parameters and statistics.
 
     Attributes:
-        init: `init(generator) -> (params, batch_stats)`, drawn a member after the other: the first member is what
+        init: `init(generator) -> (params, batch_stats)`, drawn one member after the other: the first member is what
             `model.init` would draw, and more members change nothing in those before. What `hyperize` takes from its
             module starts the same in all of them.
-        apply: `apply(params, batch_stats, *args, train, **kwargs) -> (outputs, new batch_stats)`: all members on the
-            same input; the outputs have the members as first dimension.
+        apply: `apply(params, batch_stats, *args, train, seed=None, **kwargs) -> (outputs, new batch_stats)`: all
+            members on the same input; the outputs have the members as first dimension.
         apply_each: The same, with an input for each member: `args` have the members as first dimension too.
         predict: `predict(params, batch_stats, *args, **kwargs) -> (n, classes)`: the mean over the members of their
             softmax probabilities, in evaluation.
@@ -63,15 +63,15 @@ def ensemble(model: Model, n: int) -> Ensemble:
         n: The number of members.
 
     Raises:
-        ValueError: `n` is not positive, or `model` is no Model. The functions of the result raise one for tensors
-            without the members as first dimension, and `member` for an index that there is not.
+        ValueError: `n` is not positive, or `model` is not a Model. The functions of the result raise one for
+            tensors without the members as first dimension, and `member` for an index out of range.
     """
     check_model(model)
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"n: got {n}, expected at least 1 member, as a whole number")
 
     def init(generator: Generator) -> tuple[Params, BatchStats]:
-        return _stack([model.init(generator) for _ in range(n)])
+        return tree.stack([model.init(generator) for _ in range(n)])
 
     def check(name: str, stacked: Any) -> None:
         for place, leaf in enumerate(tree.leaves(stacked)):
@@ -122,7 +122,8 @@ def init_state(members: Ensemble, optimizer: Optimizer, generator: Generator) ->
 
 
 def map_step(step: Step) -> Step:
-    """A training step of all members on the same batch, from a step of one; metrics come a member.
+    """A training step of all members on the same batch, from a step of one; metrics have the members as first
+    dimension.
 
     Each member's step is what it would be alone, apart from rounding; its dropout too, which a step draws from its own
     number, and so alike in all members.
@@ -133,7 +134,3 @@ def map_step(step: Step) -> Step:
 def map_step_each(step: Step) -> Step:
     """`map_step` with a batch for each member: every leaf of the batch has the members as first dimension."""
     return torch.vmap(step, randomness="different")
-
-
-def _stack(members: list[Any]) -> Any:
-    return tree.map(lambda *leaves: torch.stack(leaves), *members)

@@ -66,8 +66,8 @@ def fit_embeddings(
 ) -> Fit:
     """Parameters whose generated weights come as near as they can to given ones, for a warm start.
 
-    Every weight counts alike, so that layers of larger weights count for more; those of the overhang, which no layer
-    shows, do not count. It is computed in float64 on the CPU. Directions that the weights leave free keep their fresh
+    All weights count alike, so that layers with larger weights matter more; entries that are cropped away do not
+    count. It is computed in float64 on the CPU. Directions that the weights leave free keep their fresh
     draw, so that training can still use them.
 
     Args:
@@ -75,8 +75,8 @@ def fit_embeddings(
         state_dict: Of the primary network: of the module itself, of `hf.materialize`, or
             `{**model.weights(params), **batch_stats}` of a model of the same network, such as `hf.resnet`.
         generator: Of the fresh draw; one with seed 0 where not given. The result is on its device.
-        sweeps: At most so many sweeps of alternating least squares.
-        tolerance: It ends earlier once a sweep takes off less than this share of the error.
+        sweeps: The most sweeps of alternating least squares.
+        tolerance: Ends earlier once a sweep reduces the error by less than this share of it.
 
     Raises:
         ValueError: `state_dict` lacks a name, has one too many, or one that is no tensor of real numbers of the right
@@ -98,7 +98,7 @@ def fit_embeddings(
         targets = {layer.name: given[layer.name].detach().to("cpu", torch.float64) for layer in layers}
         units, observed = _cut(layers, targets, (len(z), p.w_out.shape[0], p.w_in.shape[0], *p.w_out.shape[1:-1]))
         p, z, errors[key] = _fit(p, z, units, observed, sweeps, tolerance)
-        generators[key] = _like(p, fresh.generator[key])
+        generators[key] = tree.map(Tensor.to, p, fresh.generator[key])
         embeddings[key] = z.to(fresh.embeddings[key])
     primary = {name: given[name].detach().to(leaf, copy=True) for name, leaf in fresh.primary.items()}
     batch_stats = {
@@ -243,10 +243,6 @@ def _cut(
     return units, shown > 0
 
 
-def _like(tree_: HyperNetParams, other: HyperNetParams) -> HyperNetParams:
-    return tree.map(lambda leaf, like: leaf.to(like), tree_, other)
-
-
 def _share_explained(target: Tensor, fitted: Tensor) -> float:
     target = target.detach().double().to(fitted.device)
     error = (target - fitted).square().sum().item()
@@ -262,8 +258,9 @@ def _by_first_name(model: Model, state_dict: Any) -> dict[str, Tensor]:
     Raises:
         ValueError: The state_dict does not fit, is without values, or a weight to be fitted is not finite.
     """
-    for prefix in ("module.", "_orig_mod.", "model.") if isinstance(state_dict, Mapping) else ():
-        if state_dict and all(str(name).startswith(prefix) for name in state_dict):
+    own = [name for name, _ in (*model.module.named_parameters(), *model.module.named_buffers())]
+    for prefix in ("module.", "_orig_mod.", "model.") if isinstance(state_dict, Mapping) and state_dict else ():
+        if all(str(name).startswith(prefix) for name in state_dict) and not all(n.startswith(prefix) for n in own):
             stripped = f"{{name.removeprefix({prefix!r}): tensor for name, tensor in state_dict.items()}}"
             raise ValueError(f"state_dict: every name begins with {prefix!r}; give {stripped}")
     check_state_dict(model.module, state_dict)
@@ -271,10 +268,9 @@ def _by_first_name(model: Model, state_dict: Any) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for named in (model.module.named_parameters, model.module.named_buffers):
         for name, tensor in named(remove_duplicate=False):
+            first.setdefault(id(tensor), name)
             if name in state_dict:
-                found.setdefault(first.setdefault(id(tensor), name), state_dict[name])
-            else:
-                first.setdefault(id(tensor), name)
+                found.setdefault(first[id(tensor)], state_dict[name])
     for name, tensor in found.items():
         if tensor.is_meta:
             raise ValueError(f"state_dict: {name} is on the meta device, without values; give that of a real module")

@@ -129,7 +129,7 @@ def _read(parser: argparse.ArgumentParser, kind: type[Config], argv: Sequence[st
         parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     for item in _fields(kind):
         if not item.metadata["may_be_empty"] and getattr(namespace, item.name, None) == "":
-            parser.error(f"{flag(item.name)}: got an empty text, as of a variable that is not set; leave the flag away")
+            parser.error(f"{flag(item.name)}: got an empty text, as of a variable that is not set; omit the flag")
     return kind(**vars(namespace))
 
 

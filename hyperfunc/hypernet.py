@@ -83,7 +83,6 @@ def init_generator(
     Raises:
         ValueError: A size is not positive, or `init` is unknown.
     """
-    d = z_dim if hidden_dim is None else hidden_dim
     check_sizes(unit, z_dim, hidden_dim)
     if min(window, default=1) < 1:
         raise ValueError(f"window: got {tuple(window)}, expected extents of at least 1")
@@ -93,9 +92,9 @@ def init_generator(
         return HyperNetParams(*(_clipped_normal(generator, shape) for shape in shapes))
     w_in, b_in, w_out, b_out = shapes
     return HyperNetParams(
-        w_in=_normal(generator, w_in) / z_dim**0.5,
+        w_in=_normal(generator, w_in) / w_in[-1] ** 0.5,
         b_in=torch.zeros(b_in, device=generator.device),
-        w_out=_normal(generator, w_out) / d**0.5,
+        w_out=_normal(generator, w_out) / w_out[-1] ** 0.5,
         b_out=torch.zeros(b_out, device=generator.device),
     )
 
@@ -112,7 +111,7 @@ def generator_shapes(
 def init_embeddings(
     generator: Generator, p: HyperNetParams, std: Float[Tensor, "units"], *, init: Init = "he"
 ) -> Float[Tensor, "units z"]:
-    """Draws one embedding a unit.
+    """Draws one embedding per unit.
 
     Under "he" each is a random direction at the length that gives its kernel the root mean square `std` under the
     generator `p`. The paper's generator serves layers of very different fan-in, so no single scale of z can suit them

@@ -57,7 +57,7 @@ def choose_devices(devices: str, kind: str, visible: int) -> list[torch.device]:
     asked, which = parse_devices(devices)
     if asked == "cpu":
         if kind == "cuda":
-            raise ValueError(f"--devices: got {devices} with --device cuda; leave one of them away")
+            raise ValueError(f"--devices: got {devices} with --device cuda; omit one of them")
         assert isinstance(which, int)
         return [torch.device("cpu")] * which
     if kind == "cuda" and not visible:

@@ -57,8 +57,8 @@ def kernel_of(layer: nn.Module, name: str, unit: tuple[int, int]) -> Kernel:
         raise ValueError("a single number has no channels to generate it by; leave it out of the targets")
     if not math.prod(shape):
         raise ValueError(f"it has the shape {shape}, without any entry; leave it out of the targets")
-    if len(shape) == 1 or isinstance(layer, NORMS):
-        is_norm = isinstance(layer, NORMS)
+    is_norm = isinstance(layer, NORMS)
+    if len(shape) == 1 or is_norm:
         if not is_norm and "bias" not in name:
             raise ValueError(
                 f"where its vector `{name}` starts is not known of {type(layer).__name__}; leave it out of the "

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
@@ -38,13 +39,13 @@ class Params(NamedTuple):
 
     Attributes:
         generator: The kernel generators, by window ('3x3').
-        embeddings: For the same keys, one row z a basic kernel: layers in the module's order, within a layer row-major
-            over its grid, output tiles first.
+        embeddings: For the same keys, one row z per basic kernel: layers in the module's order, within a layer
+            row-major over its grid, output tiles first.
         primary: The parameters of the primary network that are not generated, by name.
     """
 
     generator: dict[str, HyperNetParams]
-    embeddings: dict[str, Tensor]
+    embeddings: dict[str, Float[Tensor, "*leading units z"]]
     primary: dict[str, Tensor]
 
 
@@ -67,19 +68,19 @@ class Forward(Protocol):
 class Model(NamedTuple):
     """A network whose kernels are generated, as pure functions: neither parameters nor statistics are ever written.
 
-    They are as pure as the primary network: one that writes into its own input still does so.
+    They are only as pure as the primary network: a module that writes into its input still does.
 
     Attributes:
         init: `init(generator) -> (params, batch_stats)`, on the generator's device.
         apply: `apply(params, batch_stats, *args, train, seed=None, **kwargs) -> (output, new batch_stats)`; `args` and
             `kwargs` are the module's own, and the output is whatever it returns. With train=True batch norms use the
             statistics of the batch and update the running ones; with train=False they use the running ones and change
-            nothing. Under a `seed` (an int, or a tensor of one) all that is random, as dropout is, is a function of it.
-            A module with layers of dropout asks for one in training; what a module draws otherwise without one comes
+            nothing. With a `seed` (an int, or a tensor of one) everything random, such as dropout, is a function of it.
+            A module with layers of dropout requires one in training; anything else that is drawn without one comes
             from torch's global generator. See `randomness`. Arguments of the module's own that are called `train` or
-            `seed` can be given by their position only.
-        kernels: `kernels(params) -> {name: tensor}`, the generated tensors. A ValueError where the embeddings are not
-            as many as the model has basic kernels, as in all functions that generate.
+            `seed` can be given by position only.
+        kernels: `kernels(params) -> {name: tensor}`, the generated tensors. Raises a ValueError if
+            there are not as many embeddings as the model has basic kernels, as every function that generates does.
         forward: `apply` from ready weights, which `weights(params)` gives: for many batches under the same parameters.
         weights: `weights(params) -> {name: tensor}`, all parameters of the primary network, generated and ordinary.
         tiling: What is generated, and from how many basic kernels.
@@ -96,6 +97,11 @@ class Model(NamedTuple):
     tiling: Tiling
     module: nn.Module
     recipe: dict[str, Any]
+
+    def __repr__(self) -> str:
+        """What it was made by: the tuple of its functions says nothing, and that with the module fills pages."""
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.recipe.items() if name != "function")
+        return f"<Model of {type(self.module).__name__}: {self.recipe['function']}({arguments})>"
 
 
 def hyper_resnet(
@@ -194,9 +200,9 @@ def hyperize(
 
     Raises:
         ValueError: A target matches no parameter, or one that cannot be generated; nothing is left to generate; targets
-            of one window differ in dtype; or the
-            module cannot be a primary network as it is: it is lazily initialised, quantized, compiled or spread over
-            devices, has complex parameters, or holds or writes parameters where apply cannot replace them.
+            of one window differ in dtype; or the module cannot be a primary network as it is: it is lazily initialised,
+            quantized, compiled or spread over devices, has complex parameters, or holds or writes parameters where
+            apply cannot replace them.
     """
     check_sizes(unit, z_dim, hidden_dim)
     check_module(module)
@@ -246,9 +252,9 @@ def from_recipe(recipe: Mapping[str, Any], module: nn.Module | None = None) -> M
         )
     if module is not None and function != "hyperize":
         raise ValueError(f"module: the model was made by {function}, and takes none")
-    if "unit" in arguments:
-        arguments["unit"] = tuple(arguments["unit"])  # JSON knows lists only
     try:
+        if "unit" in arguments:
+            arguments["unit"] = tuple(arguments["unit"])  # JSON knows lists only
         return functions[function](*[module] if module is not None else [], **arguments)
     except TypeError as error:
         raise ValueError(f"recipe: {error}; it was written by another version of hyperfunc") from None
@@ -266,8 +272,8 @@ def materialize(model: Model, params: Params, batch_stats: BatchStats) -> nn.Mod
     """The primary network as an ordinary module that holds the generated weights: no hypernetwork is left in it.
 
     It is of the class that the model was made of, and its state_dict fits that class. Its tensors are copies, on the
-    device and in the dtype of `params`, and leaves that an optimizer can train on from; tied parameters stay tied; its
-    mode is training, as of any new module.
+    device and in the dtype of `params`, and leaves that an optimizer can go on training. Tied parameters stay tied. It
+    is in training mode, like any new module.
 
     Raises:
         ValueError: `params` or `batch_stats` do not belong to `model`.
@@ -298,9 +304,8 @@ def make_forward(module: nn.Module) -> Forward:
     ) -> tuple[Any, BatchStats]:
         if train and seed is None and drawing:
             raise ValueError(
-                f"seed: the module is random in training, in {', '.join(drawing[:4])}"
-                f"{' and more' * (len(drawing) > 4)}; give apply a seed=, another one for each step, or set the rates "
-                "of its dropout to 0"
+                f"seed: the module is random in training, in {some(drawing, 4)}; give apply a seed=, another one for "
+                "each step, or set the rates of its dropout to 0"
             )
         if not isinstance(batch_stats, dict):
             raise ValueError(
@@ -462,6 +467,11 @@ def _make_model(
         return {**params.primary, **whole}
 
     forward = make_forward(module)
+    return Model(init_params, make_apply(weights, forward), kernels, forward, weights, tiling, module, recipe)
+
+
+def make_apply(weights: Callable[[Params], dict[str, Tensor]], forward: Forward) -> Forward:
+    """`Model.apply`: `forward` with the weights that the parameters give."""
 
     def apply(
         params: Params,
@@ -474,7 +484,7 @@ def _make_model(
     ) -> tuple[Any, BatchStats]:
         return forward(weights(params), batch_stats, *args, train=train, seed=seed, **kwargs)
 
-    return Model(init_params, apply, kernels, forward, weights, tiling, module, recipe)
+    return apply
 
 
 def _is_linear_map(module: nn.Module, name: str) -> bool:

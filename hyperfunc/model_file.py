@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from hyperfunc import checkpoint
-from hyperfunc.model import BatchStats, Model, Params, check_model, from_recipe, some
+from hyperfunc.model import BatchStats, Model, Params, check_model, from_recipe
+from hyperfunc.targets import some
 
 
 def save(
@@ -25,8 +26,8 @@ def save(
 ) -> None:
     """Writes a model to one file, whole or not at all.
 
-    Of a conditional model or an ensemble it takes one network. All of it goes into
-    `checkpoint.save(path, {"best": (params, batch_stats)}, {})`, and comes back by
+    Of a conditional model or an ensemble this saves one network. To save all of it, use
+    `checkpoint.save(path, {"best": (params, batch_stats)}, {})`; to read it back,
     `checkpoint.restore(checkpoint.load(path), "best", model.init(torch.Generator()))`.
 
     Args:
@@ -54,6 +55,10 @@ def save(
         raise ValueError(
             f"params, batch_stats: they do not belong to the model: {some(different, 4, '; ')}; give those of "
             "its init, or of one condition or member, where it is the `model` of a Conditional or an Ensemble"
+        )
+    if notes and "model" in notes:
+        raise ValueError(
+            "notes: got an entry 'model', which is where the model's own recipe goes; give it another name"
         )
     checkpoint.save(path, trees, {**(notes or {}), "model": model.recipe})
 

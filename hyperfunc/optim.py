@@ -75,7 +75,7 @@ def adam(
     Args:
         learning_rate: A number or a schedule.
         weight_decay: L2 penalty, added to the gradient.
-        decoupled: Shrinks the parameters beside the update instead (AdamW, Loshchilov and Hutter 2017), equal to
+        decoupled: Decays the parameters directly instead (AdamW, Loshchilov and Hutter 2017), equal to
             `torch.optim.AdamW`.
         betas: Decay rates of the two running means, in [0, 1).
         eps: Added to the denominator.
@@ -149,8 +149,8 @@ def scaled(optimizer: Optimizer, *, first: float = 2.0**16, grow_after: int = 20
 
     Gradients that are not finite change nothing but the scale, which is halved; after `grow_after` finite ones in turn
     it is doubled. The rule is that of `torch.amp.GradScaler`, but as operations on tensors, so that no update waits for
-    the device. The step counts on through an update that is left out, and with it the schedule and Adam's correction of
-    its means.
+    the device. An update that is left out still counts as a step, for the schedule and for Adam's correction of its
+    means.
 
     Args:
         optimizer: What the gradients, divided by the scale again, go to.
@@ -222,9 +222,14 @@ def piecewise(values: Sequence[float], boundaries: Sequence[int]) -> Schedule:
 def multistep(
     learning_rate: float, epochs: int, steps_per_epoch: int, *, at: Sequence[float] = (0.3, 0.6, 0.8), by: float = 0.5
 ) -> Schedule:
-    """Multiplies the learning rate by `by` each time the fractions `at` of the epochs are done, in whole epochs and not
-    before the first is over."""
-    _check_steps(epochs * steps_per_epoch)
+    """Multiplies the learning rate by `by` after each of the fractions `at` of the epochs, rounded to whole epochs and
+    at the earliest after the first.
+
+    Raises:
+        ValueError: `epochs`, `steps_per_epoch` or a learning rate is out of its range.
+    """
+    _check_steps(epochs, "epochs")
+    _check_steps(steps_per_epoch, "steps_per_epoch")
     values = [learning_rate * by**i for i in range(len(at) + 1)]
     return piecewise(values, [max(1, round(fraction * epochs)) * steps_per_epoch for fraction in at])
 
@@ -280,6 +285,6 @@ def _check_fraction(name: str, value: float) -> None:
         raise ValueError(f"{name}: got {value}, expected at least 0 and less than 1")
 
 
-def _check_steps(steps: int) -> None:
+def _check_steps(steps: int, name: str = "steps") -> None:
     if steps < 1:
-        raise ValueError(f"steps: got {steps}, expected at least 1")
+        raise ValueError(f"{name}: got {steps}, expected at least 1")

@@ -85,7 +85,7 @@ def summary(model: Model, params: Params | None = None) -> Summary:
         params: Its parameters, for the standard deviations that its tensors have now instead of those they start with.
 
     Raises:
-        ValueError: `params` do not belong to `model`, or it is no `Model`.
+        ValueError: `params` do not belong to `model`, or it is not a Model.
     """
     check_model(model)
     rows = {

@@ -36,13 +36,14 @@ class Rows(NamedTuple):
 
 
 def map_step(step: Step) -> Step:
-    """A step of stacked states from a step of one; rows are `Rows`, examples first, and metrics come a member."""
+    """A step of stacked states from a step of one; rows are `Rows`, examples first. Metrics have the
+    members as first dimension."""
     return torch.vmap(step, in_dims=(0, 1), randomness="different")
 
 
 def stack(states: Sequence[TrainState]) -> TrainState:
     """The states with the members as first dimension; a single one stays as it is."""
-    return tree.map(lambda *leaves: torch.stack(leaves), *states) if len(states) > 1 else states[0]
+    return tree.stack(states) if len(states) > 1 else states[0]
 
 
 def side_by_side(draws: Sequence[data.Draw]) -> Rows | data.Draw:

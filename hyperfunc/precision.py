@@ -1,4 +1,4 @@
-"""The number formats that a network computes in. Parameters, statistics and the optimizer's state are always float32.
+"""The number formats that a network computes in. train.py keeps parameters, statistics and optimizer state in float32.
 
 Under bf16 and fp16 the products run in the 16-bit type, by torch's autocast: the generation of the kernels, the
 kernels, and the activations. Batch norms keep their sums, and the loss is computed, in float32.
@@ -7,7 +7,7 @@ kernels, and the activations. Batch norms keep their sums, and the loss is compu
 import contextlib
 import warnings
 from contextlib import AbstractContextManager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -36,6 +36,12 @@ def choose(name: Precision | Literal["auto"], device: torch.device) -> Precision
     return name
 
 
+def check_precision(precision: Any) -> None:
+    """Raises a ValueError where it is no `Precision`."""
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(get_args(Precision))}")
+
+
 def set_float32_products(precision: Precision) -> None:
     """Whether this process multiplies float32 as TF32, with 10 bits of mantissa, on GPUs that can: a setting of torch,
     for all threads and whatever runs after it, so that it is for a program to make and not for a library. The advice of
@@ -46,7 +52,7 @@ def set_float32_products(precision: Precision) -> None:
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """In which products are computed in a 16-bit format; for the others a context without effect."""
+    """A context in which products are computed in 16 bits for bf16 and fp16, and which does nothing for the others."""
     if precision not in LOW:
         return contextlib.nullcontext()
     # The cache holds tensors by identity, and under torch.func those are wrappers that do not outlive the transform.

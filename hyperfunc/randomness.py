@@ -41,12 +41,12 @@ def fold_in(seed: Seed, number: Seed) -> Seed:
 class Seeded(TorchFunctionMode):
     """A context in which what is random is a function of `seed` alone.
 
-    All kinds of dropout in torch.nn are, that of attention included, nn.RReLU, fractional pooling, `rand`, `randn`,
+    This covers every dropout in torch.nn, that of attention included, nn.RReLU, fractional pooling, `rand`, `randn`,
     their `_like`, `bernoulli`, and the methods `bernoulli_`, `uniform_` and `normal_`. Under `torch.vmap` a seed that
     is not mapped gives all members the same numbers, and a mapped one gives each its own.
 
-    What runs later is not in the context: the second forward pass of `torch.utils.checkpoint`, in a `backward()` after
-    the context, drops anew.
+    Code that runs later is outside of the context: what `torch.utils.checkpoint` computes again in a `backward()`
+    afterwards draws new numbers.
 
     Raises:
         ValueError: What runs in the context calls another of torch's random functions, such as `randperm` or
@@ -70,6 +70,7 @@ class Seeded(TorchFunctionMode):
             return args[0].unflatten(*args[1:], **kwargs)
         seeded_form = _SEEDED.get(func)
         if seeded_form is not None and kwargs.get("generator") is None:
+            kwargs = {name: value for name, value in kwargs.items() if name != "generator"}
             return seeded_form(self, func, *args, **kwargs)
         if func in _RECURRENT and _drops_between_layers(args):
             raise ValueError("seed: the dropout inside of a recurrent layer cannot be seeded; set its dropout to 0")
@@ -169,6 +170,8 @@ def _feature_dropout(
 
 
 def _drop(mode: Seeded, input: Tensor, shape: Iterable[int], p: float, training: bool, inplace: bool) -> Tensor:
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout: got the probability {p}, expected 0 to 1")
     if not training or p == 0:
         return input
     kept = _keep(mode, shape, p, input.device).to(input.dtype)
@@ -197,7 +200,7 @@ def _keep(mode: Seeded, shape: Iterable[int], p: float, device: torch.device) ->
 
 
 def _channels(func: Callable[..., Any], input: Tensor) -> tuple[int, ...]:
-    """One number a channel; the channels are the second axis, or the first where there is no axis of examples."""
+    """One number per channel; the channels are the second axis, or the first where there is no axis of examples."""
     alone = {F.dropout1d: 2, F.dropout3d: 4}.get(func) == input.dim()
     leading = 1 if alone else 2
     return (*input.shape[:leading], *[1] * (input.dim() - leading))
@@ -222,6 +225,8 @@ def _attention(
         key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
     scale = kwargs.get("scale")
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal and attn_mask is not None:
+        raise ValueError("scaled_dot_product_attention: got attn_mask and is_causal=True, expected one of them")
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:

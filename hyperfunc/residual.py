@@ -63,8 +63,8 @@ class ResNet(nn.Module):
     """A residual network with depth = 6n + 4 layers and `width` times 16, 32 and 64 channels in its three stages.
 
     The 3x3 stem has 16 channels. Each stage has n blocks; the second and third start by halving the resolution. A
-    global average pool and a linear head end it. All convolutions have biases. Pictures of any size of at least 4x4
-    pixels will do; 32x32 is what it is made for.
+    global average pool and a linear head end it. All convolutions have biases. Pictures of any size
+    will do; it is made for 32x32 pixels.
 
     Args:
         depth: 6n + 4 for n of 1 or more: 10, 16, 22, 28, 34, 40 and so on.
@@ -139,7 +139,7 @@ class ResNet(nn.Module):
 
 
 def check_depth(depth: int) -> int:
-    """The number n of blocks a stage in a network of `depth` = 6n + 4 layers.
+    """The number n of blocks per stage in a network of `depth` = 6n + 4 layers.
 
     Raises:
         ValueError: There is no such n of 1 or more; the message names the depths nearby.

@@ -80,7 +80,7 @@ class Run:
 
     @property
     def batch_count(self) -> int:
-        """Batches an epoch."""
+        """Batches per epoch."""
         return math.ceil(len(self.dataset.train.labels) / self.config.batch_size)
 
     @property
@@ -142,7 +142,7 @@ def read_metrics(run: Run) -> int:
 def check_finite(run: Run) -> None:
     """Raises a FloatingPointError where the state holds a number that is not finite."""
     if not bool(torch.stack([vector.isfinite().all() for vector in tree.vectors(run.state)]).all()):
-        raise FloatingPointError(not_finite(run, "a number that is not finite came up by"))
+        raise FloatingPointError(not_finite(run, "a number that is not finite appeared by"))
 
 
 def not_finite(run: Run, what: str) -> str:

@@ -16,7 +16,7 @@ from hyperfunc import checkpoint, distributed, journal, tree
 from hyperfunc.config import Config
 from hyperfunc.console import Printer
 from hyperfunc.files import beside, free_name, lock_for, numbered, sweep, temporary_name
-from hyperfunc.flags import shaping
+from hyperfunc.flags import flag, shaping
 from hyperfunc.report import Reporter
 from hyperfunc.run import Progress, Run, check_finite, read_metrics
 
@@ -157,7 +157,7 @@ def _read(config: Config) -> checkpoint.Checkpoint:
     # Of flags that came later than the checkpoint.
     defaults = {item.name: item.default for item in dataclasses.fields(Config)}
     different = [
-        f"--{name.replace('_', '-')} is {now[name]}, was {before.get(name, defaults[name])}"
+        f"{flag(name)} is {now[name]}, was {before.get(name, defaults[name])}"
         for name in shaping(Config)
         if now[name] != before.get(name, defaults[name])
     ]
@@ -185,7 +185,7 @@ def go_on(run: Run, previous: checkpoint.Checkpoint, printer: Printer) -> None:
     )
     planned = previous.notes["config"]["epochs"]
     if planned != config.epochs:
-        printer.say(f"schedule     laid over {config.epochs} epochs now, and not over {planned} as so far")
+        printer.say(f"schedule     now spans {config.epochs} epochs, and not {planned} as before")
     before = previous.notes.get("environment", {}).get("ranks", 1)
     if before != ranks.world and not config.sync_bn:
         printer.warn(

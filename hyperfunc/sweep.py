@@ -111,14 +111,14 @@ def expand(config: Any, allowed: Sequence[str], check: Callable[[Any], None]) ->
     try:
         given = read_grid(config.sweep, allowed) if config.sweep else {}
         if config.seeds and "seed" in given:
-            raise ValueError("has seeds, and so does --seeds; leave one of them away")
+            raise ValueError("has seeds, and so does --seeds; omit one of them")
         count = math.prod(map(len, (grid | given).values()))
         if count > MOST_RUNS:
             flag = "" if config.sweep else "--seeds: "
             raise ValueError(f"{flag}asks for {count:,} runs, expected at most {MOST_RUNS:,}")
         grid |= {name: [parse_value(type(config), name, value) for value in given[name]] for name in given}
         if "seed" in grid and config.seed != 0:
-            raise ValueError(f"--seed: got {config.seed} beside other seeds; leave one of them away")
+            raise ValueError(f"--seed: got {config.seed} beside other seeds; omit one of them")
         members: list[Member] = []
         for flags in combinations({"seed": [config.seed]} | grid):
             path = path_of(config.checkpoint_path, flags)

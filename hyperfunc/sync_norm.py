@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hyperfunc.model import BatchStats, Model, Params, make_forward
-from hyperfunc.randomness import Seed
+from hyperfunc.model import Model, make_apply, make_forward
 
 
 class SumOverRanks(torch.autograd.Function):
@@ -40,7 +39,7 @@ class SumOverRanks(torch.autograd.Function):
 class SyncBatchNorm(_BatchNorm):
     """A batch norm whose statistics in training are those of all ranks' pictures; a rank's own may be none.
 
-    One all-reduce forward and one backward, of two numbers a channel and a count for every rank: each rank's mean and
+    One all-reduce forward and one backward, of two numbers per channel and a count for every rank: each rank's mean and
     its squares about that, put together as by Chan, Golub and LeVeque (1979). Sums of squares would take less room, and
     drown the variance where the mean is large.
     """
@@ -86,19 +85,7 @@ def synchronize(model: Model) -> Model:
             user's own.
     """
     forward = make_forward(convert(copy.deepcopy(model.module)))
-
-    def apply(
-        params: Params,
-        batch_stats: BatchStats,
-        /,
-        *args: Any,
-        train: bool,
-        seed: Seed | None = None,
-        **kwargs: Any,
-    ) -> tuple[Any, BatchStats]:
-        return forward(model.weights(params), batch_stats, *args, train=train, seed=seed, **kwargs)
-
-    return model._replace(forward=forward, apply=apply)
+    return model._replace(forward=forward, apply=make_apply(model.weights, forward))
 
 
 def convert(module: nn.Module) -> nn.Module:
@@ -108,12 +95,13 @@ def convert(module: nn.Module) -> nn.Module:
             continue
         if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             raise ValueError(
-                f"module: {path} is a {type(layer).__name__}, and what it does besides normalising is not known; "
-                "--sync-bn takes torch's own batch norms alone"
+                f"module: {path or 'it'} is a {type(layer).__name__}, and what it does besides normalising is not "
+                "known; synchronised batch norms (--sync-bn) support torch's own alone"
             )
         if layer.momentum is None or not layer.affine or not layer.track_running_stats:
             raise ValueError(
-                f"module: {path} has no momentum, no parameters or no running statistics, which --sync-bn needs"
+                f"module: {path or 'it'} has no momentum, no parameters or no running statistics, which synchronised "
+                "batch norms (--sync-bn) need"
             )
         # The class is all that differs: what it holds keeps its names, its place and its ties.
         layer.__class__ = SyncBatchNorm

@@ -21,7 +21,7 @@ class Kernel(NamedTuple):
 
     Most parameters are tiled as they are. Others are laid out as a `plane` first: matrices and kernels whose input
     channels come first are transposed, and those with hardly any input channels are folded, several output channels to
-    a row, because a row of a basic kernel would else be cropped to the little that they need.
+    a row, because otherwise most of a row of a basic kernel would be cropped away.
 
     Attributes:
         shape: The parameter's own shape.

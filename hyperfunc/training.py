@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from hyperfunc import data, tree
 from hyperfunc.model import BatchStats, Model, Params, check_model
 from hyperfunc.optim import Optimizer, Scaled
-from hyperfunc.precision import LOW, Precision, autocast
+from hyperfunc.precision import LOW, Precision, autocast, check_precision
 from hyperfunc.randomness import Seed, drawing_layers, fold_in
 from hyperfunc.residual import ResNet
 
@@ -35,11 +35,27 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Sums over examples, so that those of several batches, or ranks, simply add up."""
+    """Sums over examples, so that those of several batches, or ranks, simply add up.
+
+    Attributes:
+        loss: The sum of the losses.
+        correct: How many were classified as they should be.
+        total: How many there were.
+    """
 
     loss: Float[Tensor, ""]
     correct: Int[Tensor, ""]
     total: Int[Tensor, ""]
+
+    @property
+    def mean_loss(self) -> Tensor:
+        """The loss per example."""
+        return self.loss / self.total
+
+    @property
+    def accuracy(self) -> Tensor:
+        """The share of examples, 0 to 1, that were classified as they should be."""
+        return self.correct / self.total
 
 
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
@@ -72,8 +88,8 @@ def make_train_step(
     """Builds `step(state, batch) -> (new state, metrics)`; the arguments are never written.
 
     The loss is the mean cross-entropy of the batch. With decay="generated" half of `weight_decay` times the squared
-    norm of the primary network's weights, generated and ordinary, is added to it, as in the paper; what the optimizer
-    decays besides is the optimizer's own setting.
+    norm of the primary network's weights, generated and ordinary, is added to it, as in the paper; any further decay is
+    up to the optimizer.
 
     Args:
         model: The network.
@@ -82,18 +98,20 @@ def make_train_step(
         load: Makes (images, labels) out of a batch; by default a batch is that pair.
         decay: "generated", or "parameters", where this function leaves the decay to the optimizer.
         weight_decay: Used under decay="generated" alone.
-        precision: What products are computed in; see `precision`. The parameters may be of any dtype but for bf16 and
-            fp16, where they should be float32.
-        seed: Of the model's own randomness, its dropout for example, which is a function of it and of the step. Where
-            none is given it is 0 for a module with layers that are known to draw; what another draws in its forward, by
-            `functional.dropout` for example, comes from torch's global generator then. Under a seed a step takes the
-            host a little longer, and what `randomness.Seeded` cannot seed is refused.
+        precision: What products are computed in. Under "bf16" and "fp16" a step runs under autocast, and its parameters
+            should be float32; "tf32" takes effect once the program calls `precision.set_float32_products("tf32")`.
+        seed: Seed of the model's own randomness, such as dropout, which becomes a function of it and of the step.
+            Without one, modules with layers known to be random use 0, and anything else, such as a `functional.dropout`
+            in a forward method, draws from torch's global generator. With one, a step costs the host slightly more, and
+            what `randomness.Seeded` cannot seed is an error.
         reduce: For a batch whose pictures are divided over ranks; what `load` gives is then this rank's part.
 
     Raises:
-        ValueError: `decay` is unknown, or `weight_decay` is given where it would be ignored; or `model` is no Model.
+        ValueError: `decay` or `precision` is unknown, or `weight_decay` is given where it would be ignored; or `model`
+            is not a Model.
     """
     check_model(model)
+    check_precision(precision)
     gradient = _make_gradient(model, decay, weight_decay, precision, seed, summed=reduce is not None)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -128,7 +146,7 @@ def scan(step: Step, batch_size: int) -> Step:
         for batch in data.batches(rows, batch_size):
             state, of_step = step(state, batch)
             metrics.append(of_step)
-        return state, tree.map(lambda *values: torch.stack(values), *metrics)
+        return state, tree.stack(metrics)
 
     return steps
 
@@ -146,6 +164,7 @@ def make_gradients(
     """Builds `gradients(state, batch) -> params`, what a train step of the same arguments gives to its optimizer, but
     for a scale of the loss."""
     check_model(model)
+    check_precision(precision)
     gradient = _make_gradient(model, decay, weight_decay, precision, seed, summed=reduce is not None)
 
     def gradients(state: TrainState, batch: Any) -> Params:
@@ -165,6 +184,7 @@ def make_eval_step(model: Model, *, load: Load = tuple, precision: Precision = "
     generates the kernels once.
     """
     check_model(model)
+    check_precision(precision)
 
     @torch.no_grad()
     def eval_step(network: tuple[dict[str, Tensor], BatchStats], batch: Any) -> Metrics:
@@ -210,20 +230,20 @@ def evaluate(
     return total
 
 
-Beside = tuple[Tensor, Tensor, BatchStats]
+_Beside = tuple[Tensor, Tensor, BatchStats]
 """The loss, the logits and the new statistics."""
 
-Objective = Callable[[Params], tuple[Tensor, Beside]]
+_Objective = Callable[[Params], tuple[Tensor, _Beside]]
 """What training descends, and what comes beside it."""
 
-Differentiate = Callable[[Objective, Params, Any], tuple[Params, Beside]]
+_Differentiate = Callable[[_Objective, Params, Any], tuple[Params, _Beside]]
 """The gradient of an objective, and what comes beside; of the third, all that it depends on, somebody outside may ask
 for a derivative."""
 
 
 def _make_gradient(
     model: Model, decay: str, weight_decay: float, precision: Precision, seed: int | None, *, summed: bool
-) -> Callable[[TrainState, Tensor, Tensor, Tensor | None], tuple[Params, Beside]]:
+) -> Callable[[TrainState, Tensor, Tensor, Tensor | None], tuple[Params, _Beside]]:
     """Builds `gradient(state, images, labels, scale)`, of the objective of `_make_objective`."""
     silent = _silent_biases(model)
     objective = _make_objective(model, decay, weight_decay, precision, silent, summed=summed)
@@ -231,7 +251,7 @@ def _make_gradient(
     constant = () if weight_decay else silent
     differentiate = _make_differentiate()
 
-    def gradient(state: TrainState, images: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Params, Beside]:
+    def gradient(state: TrainState, images: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Params, _Beside]:
         function = objective(state.batch_stats, images, labels, scale, step_seed(state))
         return _gradient(function, state.params, (state, images, labels), constant, differentiate)
 
@@ -240,7 +260,7 @@ def _make_gradient(
 
 def _make_objective(
     model: Model, decay: str, weight_decay: float, precision: Precision, silent: tuple[str, ...], *, summed: bool
-) -> Callable[..., Objective]:
+) -> Callable[..., _Objective]:
     """Builds `objective(batch_stats, images, labels, scale, seed)`: the mean over that batch, or (`summed`) the sum. Of
     the parameters named in `silent` it depends by their decay alone."""
     if decay not in get_args(Decay):
@@ -253,9 +273,9 @@ def _make_objective(
 
     def objective(
         old_stats: BatchStats, images: Tensor, labels: Tensor, scale: Tensor | None, seed: Seed | None
-    ) -> Objective:
+    ) -> _Objective:
         # The batch is closed over: torch.func.grad would wrap arguments, and wrapped statistics are copied one by one.
-        def function(params: Params) -> tuple[Tensor, Beside]:
+        def function(params: Params) -> tuple[Tensor, _Beside]:
             with autocast(precision, images.device):
                 weights = model.weights(params)
                 constant = {name: weights[name].detach() for name in silent}
@@ -297,8 +317,8 @@ def _silent_biases(model: Model) -> tuple[str, ...]:
 
 
 def _gradient(
-    function: Objective, params: Params, inputs: Any, constant: tuple[str, ...], differentiate: Differentiate
-) -> tuple[Params, Beside]:
+    function: _Objective, params: Params, inputs: Any, constant: tuple[str, ...], differentiate: _Differentiate
+) -> tuple[Params, _Beside]:
     """As `torch.func.grad(function, has_aux=True)(params)`, which keeps all that the way forward has stored to the end,
     because its result may be differentiated again. Where nobody does that, by any of `inputs`, it is freed on the way
     back.
@@ -332,12 +352,12 @@ def _zeros_like(values: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict
     return {name: part.view_as(value) for (name, value), part in zip(values.items(), parts, strict=True)}
 
 
-def _make_differentiate() -> Differentiate:
+def _make_differentiate() -> _Differentiate:
     """Builds `differentiate(function, params, inputs)`, for functions of one network."""
     # It is the network that keeps autograd from differentiating it by itself, and so no second step runs it twice.
     is_refused = False
 
-    def differentiate(function: Objective, params: Params, inputs: Any) -> tuple[Params, Beside]:
+    def differentiate(function: _Objective, params: Params, inputs: Any) -> tuple[Params, _Beside]:
         nonlocal is_refused
         if torch.compiler.is_compiling() or tree.is_differentiated(inputs):
             return grad(function, has_aux=True)(params)
@@ -357,7 +377,7 @@ def _make_differentiate() -> Differentiate:
     return differentiate
 
 
-def _plain_gradient(function: Objective, params: Params) -> tuple[Params, Beside] | None:
+def _plain_gradient(function: _Objective, params: Params) -> tuple[Params, _Beside] | None:
     """By autograd itself: torch.func wraps each tensor at each operation, which the host feels where a batch is small,
     and its way back imports torch's compiler, which takes two seconds.
 
@@ -377,8 +397,8 @@ def _plain_gradient(function: Objective, params: Params) -> tuple[Params, Beside
 
 
 _NO_HOOKS = (
-    "a training step cannot go through torch.utils.checkpoint or other hooks of saved tensors, because a network's "
-    "generated weights are there in its forward alone; leave them out"
+    "a training step cannot go through torch.utils.checkpoint or other hooks of saved tensors, because the "
+    "generated weights exist during the forward pass only; remove them from the network"
 )
 
 

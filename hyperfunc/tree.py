@@ -57,6 +57,11 @@ def num_params(tree: Any) -> int:
     return sum(leaf.numel() for leaf in leaves(tree))
 
 
+def stack(trees: Sequence[Tree]) -> Tree:
+    """One tree whose leaves have the given trees as first dimension."""
+    return map(lambda *values: torch.stack(values), *trees)
+
+
 def to(tree: Tree, *args: Any, **kwargs: Any) -> Tree:
     """`Tensor.to` on every leaf: another device, another floating-point type. Integers, which count, stay integers, as
     under `nn.Module.to`."""

@@ -375,7 +375,7 @@ class Watch:
             return self._silent_line(silent)
         if stuck:
             seconds = self._limit * self.interval
-            return f"{self._name(stuck)} is alive but has not gone on for {seconds:.1f} s, the others wait"
+            return f"{self._name(stuck)} is alive but has made no progress for {seconds:.1f} s while the others wait"
         return self._look_at_all([own, *(beat.partition("/")[2] for beat in beats)], look)
 
     def _look_at_all(self, places: list[str], look: int) -> str | None:
@@ -389,7 +389,8 @@ class Watch:
         looks = look - self._standstill[1]
         if looks < self._limit:
             return None
-        return f"no rank has gone on for {looks * self.interval:.1f} s, and all wait: a device or the network hangs"
+        seconds = looks * self.interval
+        return f"no rank has made progress for {seconds:.1f} s, and all wait: a device or the network hangs"
 
     def _lost(self) -> dict[int, int]:
         """The ranks that none waits for any more once a signal asks to end, with how many looks they have been silent.

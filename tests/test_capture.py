@@ -182,7 +182,7 @@ def test_what_differs_from_the_captured_is_named() -> None:
     found = {"a": torch.zeros(3, 4), "c": torch.zeros(1)}
     message = (
         r"batch: not what was captured: b is missing; c is new; "
-        r"a is float32\[n, 4\] on cpu, was float32\[n, 2\] on cpu; capture the step anew"
+        r"a is float32\[n, 4\] on cpu, was float32\[n, 2\] on cpu; capture it again"
     )
     with pytest.raises(ValueError, match=message):
         capture._leaves_like("batch", found, expected, but_length=True)

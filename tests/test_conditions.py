@@ -164,7 +164,7 @@ def test_equal_conditions_train_as_one_condition(generator: Generator) -> None:
     theirs = model.apply(params, batch_stats, same[0], images, train=True)
     for leaf, other in zip(tree.leaves(ours), tree.leaves(theirs), strict=True):
         torch.testing.assert_close(leaf, other, rtol=oracle.EXACT, atol=oracle.EXACT)
-    with pytest.raises(ValueError, match="conditions: got 1, with one value a channel in a batch norm"):
+    with pytest.raises(ValueError, match="conditions: got 1, with one value per channel in a batch norm"):
         model.apply_each(params, batch_stats, same[:1], images[:1, :, :1, :1].contiguous(), train=True)
 
 
@@ -388,6 +388,8 @@ def test_bad_input() -> None:
         hf.conditional(hf.hyper_resnet(10), conditions.from_module(nn.Linear(2, 2), 0))
     with pytest.raises(ValueError, match="count: got 0"):
         conditions.table(0)
+    with pytest.raises(ValueError, match="count: got 2.5, expected at least 1 task, as a whole number"):
+        unchecked(conditions.table)(2.5)
     with pytest.raises(ValueError, match="got 1 and 2 bounds"):
         conditions.bounded([0], [1, 2])
     with pytest.raises(ValueError, match="low, high: got 1 and 1"):

@@ -140,7 +140,7 @@ def test_a_validation_part_is_held_out_at_random() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "mnist"}, "dataset: got 'mnist', expected one of cifar10, cifar100, digits, folder, synthetic"),
+        ({"name": "mnist"}, "name: got 'mnist', expected one of cifar10, cifar100, digits, folder, synthetic"),
         ({"val_size": -1}, "val_size: got -1, expected at least 0 and less than the 1438"),
         ({"val_size": 1438}, "val_size: got 1438"),
         ({"train_size": 1500}, "train_size: got 1500, expected at most the 1438"),

@@ -206,6 +206,15 @@ def test_the_report_can_be_read(generator: Generator) -> None:
     assert lines[-1].endswith("2 sweeps")
 
 
+@pytest.mark.parametrize("prefix", ["model", "module"])
+def test_a_network_whose_own_names_all_begin_alike(prefix: str, generator: Generator) -> None:
+    network = nn.Module()
+    network.add_module(prefix, nn.Sequential(nn.Linear(3, 16), nn.Linear(16, 16), nn.Linear(16, 2)))
+    model = hf.hyperize(network, targets=f"{prefix}.1.weight", z_dim=4)
+    fit = hf.fit_embeddings(model, network.state_dict(), generator=generator)
+    assert torch.equal(fit.params.primary[f"{prefix}.0.weight"], network.state_dict()[f"{prefix}.0.weight"])
+
+
 def test_what_does_not_fit(generator: Generator) -> None:
     model = hf.hyper_resnet(10, z_dim=4)
     good = a_state_dict(model, generator)

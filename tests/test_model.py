@@ -136,6 +136,12 @@ def test_every_kernel_starts_at_hes_scale(generator: Generator, width: int) -> N
         assert kernel.std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=0.05), name
 
 
+def test_a_model_is_shown_as_what_made_it() -> None:
+    assert repr(hf.resnet(10)).startswith("<Model of ResNet: resnet(depth=10, width=1, num_classes=10")
+    layers = nn.Sequential(nn.Linear(3, 16), nn.Linear(16, 16), nn.Linear(16, 2))
+    assert repr(hf.hyperize(layers)).startswith("<Model of Sequential: hyperize(targets=['1.weight'], unit=(16, 16)")
+
+
 def test_init_is_a_function_of_the_generator_alone() -> None:
     model = hf.hyper_resnet(10)
     torch.manual_seed(1)

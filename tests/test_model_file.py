@@ -106,6 +106,13 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, generator: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_note_does_not_take_the_recipes_place(tmp_path: Path, generator: Generator) -> None:
+    model = hf.hyper_resnet(10)
+    with pytest.raises(ValueError, match="notes: got an entry 'model'"):
+        hf.save(tmp_path / "model.pth", model, *model.init(generator), notes={"model": "mine"})
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_of_several_networks_is_saved_whole_as_a_checkpoint(tmp_path: Path, generator: Generator) -> None:
     model = hf.hyper_resnet(10)
     for several in (hf.conditional(model, hf.conditions.table(2)), hf.ensemble(model, 2)):

@@ -94,6 +94,15 @@ def test_the_loss_that_is_shown_is_not_scaled(generator: Generator) -> None:
     torch.testing.assert_close(tree.ravel(other.params)[0], tree.ravel(one.params)[0])
 
 
+def test_unknown_names_are_refused() -> None:
+    model = hf.hyper_resnet(10)
+    expected = "precision: got 'bfloat16', expected one of fp32, tf32, bf16, fp16"
+    with pytest.raises(ValueError, match=expected):
+        unchecked(training.make_train_step)(model, optim.adam(0.1), precision="bfloat16")
+    with pytest.raises(ValueError, match=expected):
+        unchecked(training.make_eval_step)(model, precision="bfloat16")
+
+
 def test_choosing() -> None:
     assert precision.choose("auto", CPU) == "fp32"
     assert [precision.choose(name, CPU) for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]

@@ -203,6 +203,29 @@ def test_a_generator_is_no_seed() -> None:
         unchecked(_state)(torch.Generator())
 
 
+def test_no_generator_may_be_named() -> None:
+    draws: list[Callable[..., Tensor]] = [
+        lambda **named: torch.rand(3, **named),
+        lambda **named: torch.empty(3).uniform_(0, 1, **named),
+        lambda **named: torch.empty(3).normal_(**named),
+    ]
+    for draw in draws:
+        with Seeded(5):
+            found = draw(generator=None)
+        with Seeded(5):
+            assert torch.equal(found, draw())
+
+
+def test_what_torch_refuses_is_refused_under_a_seed() -> None:
+    x = torch.ones(1, 2, 3)
+    for p in (-0.5, 1.5):
+        with Seeded(0), pytest.raises(ValueError, match=f"dropout: got the probability {p}, expected 0 to 1"):
+            F.dropout(x, p)
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    with Seeded(0), pytest.raises(ValueError, match="got attn_mask and is_causal=True, expected one of them"):
+        F.scaled_dot_product_attention(x, x, x, mask, dropout_p=0.5, is_causal=True)
+
+
 def test_a_generator_of_the_modules_own_is_used() -> None:
     expected = torch.rand(3, generator=torch.Generator().manual_seed(4))
     with Seeded(0):

@@ -285,7 +285,7 @@ def test_devices(devices: str, kind: str, visible: int, expected: list[str]) -> 
         ("0,1", "cpu", 2, "--devices: got 0,1, with --device cpu; cpu:2 is two ranks"),
         ("3", "auto", 2, "--devices: got 3, but torch sees 2 CUDA devices, 0 to 1"),
         ("0,2", "auto", 2, "--devices: got 0,2, but torch sees 2 CUDA devices, 0 to 1"),
-        ("cpu:2", "cuda", 2, "--devices: got cpu:2 with --device cuda; leave one of them away"),
+        ("cpu:2", "cuda", 2, "--devices: got cpu:2 with --device cuda; omit one of them"),
         ("auto", "cuda", 0, "--device: got cuda, but torch sees no CUDA device"),
     ],
 )

@@ -198,7 +198,7 @@ def test_a_run_may_not_end_before_what_it_has_begun(
     assert_refused(
         run_here(*flags, "--epochs", "1"), "--epochs: got 1, but the run in run.pth has begun epoch 2 already"
     )
-    assert "schedule     laid over 2 epochs now, and not over 1 as so far" in run_here(*flags, "--epochs", "2").stdout
+    assert "schedule     now spans 2 epochs, and not 1 as before" in run_here(*flags, "--epochs", "2").stdout
 
 
 def test_a_run_keeps_its_engine(

@@ -182,6 +182,19 @@ def test_a_scan_is_the_steps_in_turn(generator: Generator) -> None:
     assert_trees_equal(tree.named_leaves(metrics), tree.named_leaves(tree.map(lambda *row: torch.stack(row), *rows)))
     assert metrics.total.tolist() == [4, 4, 2]
 
+    pairs = training.make_train_step(model, optimizer)
+    found, _ = training.scan(pairs, 4)(state, (examples.images, examples.labels))
+    assert_trees_equal(tree.named_leaves(found), tree.named_leaves(expected))
+
+
+def test_metrics_per_example(generator: Generator) -> None:
+    model, (images, labels) = hf.hyper_resnet(10), tree.to(a_batch(generator, 6), torch.float32)
+    params, batch_stats = model.init(generator)
+    metrics = training.evaluate(model, params, batch_stats, [(images[:4], labels[:4]), (images[4:], labels[4:])])
+    logits, _ = model.apply(params, batch_stats, images, train=False)
+    torch.testing.assert_close(metrics.mean_loss, torch.nn.functional.cross_entropy(logits, labels))
+    torch.testing.assert_close(metrics.accuracy, (logits.argmax(1) == labels).float().mean())
+
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, at the first use of forward_ad
 @pytest.mark.parametrize("outside", ["func", "autograd", "vmap", "forward"])

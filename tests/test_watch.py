@@ -167,7 +167,7 @@ def test_ranks_that_all_wait_at_the_same_place_are_ended(start: Start) -> None:
     with ranks[0].watch.waiting(), ranks[1].watch.waiting():
         (line,) = until_said(ranks[0], 5)
         assert all(one.over.wait(5) for one in ranks)
-    assert re.fullmatch(r"no rank has gone on for 0\.[789] s, and all wait: a device or the network hangs", line)
+    assert re.fullmatch(r"no rank has made progress for 0\.[789] s, and all wait: a device or the network hangs", line)
     assert [one.ended for one in ranks] == [[1], [1]]
     assert ranks[1].said == []
 
@@ -176,7 +176,7 @@ def test_a_rank_that_others_wait_for_is_named_and_not_all(start: Start) -> None:
     ranks = start(2, timeout=1)
     with ranks[0].watch.waiting():
         (line,) = until_said(ranks[0], 5)
-    assert line.startswith("rank 1 (host, process 1) is alive but has not gone on for 0.")
+    assert line.startswith("rank 1 (host, process 1) is alive but has made no progress for 0.")
 
 
 def test_ranks_that_go_on_or_work_by_themselves_are_left_alone(start: Start) -> None:
