@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from itertools import chain
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -215,8 +214,9 @@ def make_eval_load(
 
 def batches(rows: Any, batch_size: int, *, start: int = 0) -> Iterator[Any]:
     """Cuts a pytree of equally long tensors into batches, the last as short as need be, from batch `start` on."""
-    for begin in range(start * batch_size, len(tree.leaves(rows)[0]), batch_size):
-        yield tree.map(itemgetter(slice(begin, begin + batch_size)), rows)
+    columns, rebuild = tree.flatten(rows)
+    for begin in range(start * batch_size, len(columns[0]), batch_size):
+        yield rebuild([column[begin : begin + batch_size] for column in columns])
 
 
 def _split(dataset: Dataset, val_size: int, train_size: int, seed: int) -> Dataset:
