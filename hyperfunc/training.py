@@ -344,9 +344,11 @@ def _gradient(
 def _zeros_like(values: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """A zero gradient for each of the values, beside those that were found for others."""
     if torch.compiler.is_compiling():
-        # A tensor of zeros would be a kernel of its own for each bias; a product is made along with what it is made of.
+        # A tensor of zeros would be a kernel of its own for each bias, and so would a product by 0, which torch 2.11
+        # folds into a constant; a difference is made along with what it is made of.
         by_shape = {gradient.shape: gradient for gradient in gradients.values()}
-        return {name: 0 * by_shape.get(value.shape, value) for name, value in values.items()}
+        like = {name: by_shape.get(value.shape, value) for name, value in values.items()}
+        return {name: gradient - gradient for name, gradient in like.items()}
     sizes = [value.numel() for value in values.values()]
     parts = next(iter(values.values())).new_zeros(sum(sizes)).split(sizes)
     return {name: part.view_as(value) for (name, value), part in zip(values.items(), parts, strict=True)}
