@@ -40,6 +40,25 @@ void for_runs(const Pictures& size, int64_t first, int64_t count, Use use) {
   }
 }
 
+// The 16 matrices of a block: begin, and apart numbers from one to the next.
+struct Matrices {
+  float* begin;
+  int64_t apart;
+  float* at(int64_t p) const { return begin + p * apart; }
+};
+
+// Shares the blocks of tiles out among the threads of the parallel region around, and calls
+// use(first tile, number of tiles, in, out) for each, with room for its transformed input and output.
+template <class Use>
+void for_blocks(const Pictures& size, int64_t inputs, int64_t outputs, int64_t block, Use use) {
+  const int64_t apart_in = block * inputs + APART, apart_out = block * outputs + APART;
+  const std::unique_ptr<float[]> buffer(new float[16 * (apart_in + apart_out)]);
+  const Matrices in = {buffer.get(), apart_in}, out = {in.at(16), apart_out};
+#pragma omp for schedule(static)
+  for (int64_t first = 0; first < size.tiles(); first += block)
+    use(first, std::min(block, size.tiles() - first), in, out);
+}
+
 struct Rows {
   const float* begin;
   int64_t height, width, channels;
@@ -196,24 +215,19 @@ extern "C" void convolve(const float* pictures, const float* kernel, const float
         store(to + 3 * apart, rows[row][2]);
       }
     }
-    const int64_t apart_in = block * inputs + APART, apart_out = block * outputs + APART;
-    const std::unique_ptr<float[]> buffer(new float[16 * (apart_in + apart_out)]);
-    float *in = buffer.get(), *out = in + 16 * apart_in;
-#pragma omp for schedule(static)
-    for (int64_t first = 0; first < size.tiles(); first += block) {
-      const int64_t tiles = std::min(block, size.tiles() - first);
+    for_blocks(size, inputs, outputs, block, [&](int64_t first, int64_t tiles, Matrices in, Matrices out) {
       for_runs(size, first, tiles, [&](int64_t tile, int64_t picture, int64_t y, int64_t x, int64_t length) {
         const Rows rows = {pictures + picture * height * width * inputs, height, width, inputs};
-        transform_input(rows, y, x, length, in + tile * inputs, apart_in);
+        transform_input(rows, y, x, length, in.begin + tile * inputs, in.apart);
       });
       for (int64_t p = 0; p < 16; ++p)
-        multiply<false>({in + p * apart_in, inputs, 1}, tiles, weights.get() + p * apart, outputs, outputs, inputs,
-                        out + p * apart_out, outputs);
+        multiply<false>({in.at(p), inputs, 1}, tiles, weights.get() + p * apart, outputs, outputs, inputs, out.at(p),
+                        outputs);
       for_runs(size, first, tiles, [&](int64_t tile, int64_t picture, int64_t y, int64_t x, int64_t length) {
-        transform_output(out + tile * outputs, apart_out, outputs, bias,
+        transform_output(out.begin + tile * outputs, out.apart, outputs, bias,
                          result + picture * height * width * outputs, height, width, y, x, length);
       });
-    }
+    });
   }
 }
 
@@ -229,22 +243,16 @@ extern "C" void kernel_gradient(const float* pictures, const float* gradient, fl
   {
     float* sums = all.get() + omp_get_thread_num() * 16 * area;
     std::fill(sums, sums + 16 * area, 0.f);
-    const int64_t apart_in = block * inputs + APART, apart_out = block * outputs + APART;
-    const std::unique_ptr<float[]> buffer(new float[16 * (apart_in + apart_out)]);
-    float *in = buffer.get(), *out = in + 16 * apart_in;
-#pragma omp for schedule(static)
-    for (int64_t first = 0; first < size.tiles(); first += block) {
-      const int64_t tiles = std::min(block, size.tiles() - first);
+    for_blocks(size, inputs, outputs, block, [&](int64_t first, int64_t tiles, Matrices in, Matrices out) {
       for_runs(size, first, tiles, [&](int64_t tile, int64_t picture, int64_t y, int64_t x, int64_t length) {
         const Rows rows = {pictures + picture * height * width * inputs, height, width, inputs};
-        transform_input(rows, y, x, length, in + tile * inputs, apart_in);
+        transform_input(rows, y, x, length, in.begin + tile * inputs, in.apart);
         const Rows gradients = {gradient + picture * height * width * outputs, height, width, outputs};
-        transform_gradient(gradients, y, x, length, out + tile * outputs, apart_out);
+        transform_gradient(gradients, y, x, length, out.begin + tile * outputs, out.apart);
       });
       for (int64_t p = 0; p < 16; ++p)
-        multiply<true>({in + p * apart_in, 1, inputs}, inputs, out + p * apart_out, outputs, outputs, tiles,
-                       sums + p * area, outputs);
-    }
+        multiply<true>({in.at(p), 1, inputs}, inputs, out.at(p), outputs, outputs, tiles, sums + p * area, outputs);
+    });
     // G^T s G of the sums over all threads
 #pragma omp for schedule(static)
     for (int64_t at = 0; at < area; at += LANES) {

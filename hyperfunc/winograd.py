@@ -27,11 +27,6 @@ MOST_CHANNELS = 256
 BLOCK = 64
 """Tiles that are transformed, multiplied and transformed back at a time."""
 
-_OPERATORS = """
-convolve(Tensor pictures, Tensor kernel, Tensor? bias) -> Tensor
-kernel_gradient(Tensor pictures, Tensor gradient) -> Tensor
-"""
-
 
 def is_worthwhile() -> bool:
     """Whether it is faster here than torch's own convolutions: it was measured with AVX2 alone."""
@@ -52,19 +47,14 @@ def operators() -> Any:
 
     The first use of one compiles `winograd.cpp`, which takes seconds, unless torch's cache on disk has it.
     """
-    library = torch.library.Library("hyperfunc", "DEF")
-    _LIBRARIES.append(library)
-    for signature in _OPERATORS.split("\n")[1:-1]:
-        library.define(signature, tags=(torch.Tag.needs_fixed_stride_order,))
-    library.impl("convolve", _convolve, "CPU")
-    library.impl("convolve", _empty_pictures, "Meta")
-    library.impl("kernel_gradient", _kernel_gradient, "CPU")
-    library.impl("kernel_gradient", _empty_kernel, "Meta")
+    for name, signature, function, like in (
+        ("convolve", "(Tensor pictures, Tensor kernel, Tensor? bias) -> Tensor", _convolve, _empty_pictures),
+        ("kernel_gradient", "(Tensor pictures, Tensor gradient) -> Tensor", _kernel_gradient, _empty_kernel),
+    ):
+        torch.library.define(f"hyperfunc::{name}", signature, tags=(torch.Tag.needs_fixed_stride_order,))
+        torch.library.impl(f"hyperfunc::{name}", "cpu", function)
+        torch.library.register_fake(f"hyperfunc::{name}", like)
     return torch.ops.hyperfunc
-
-
-_LIBRARIES: list[torch.library.Library] = []
-"""What is registered in a library lives as long as that."""
 
 
 @functools.cache
