@@ -77,6 +77,9 @@ REPLAYED_STEPS = 10
 COMPILE_FROM_STEPS = 5000
 """Length of a run from which compiling on the CPU, which takes about a minute, is sure to pay."""
 
+SECOND_BEST = {"compiled-graph": "graph", "graph": "eager", "compiled": "eager"}
+"""What --engine auto takes where an engine does not work."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
@@ -315,62 +318,29 @@ def start_engine(members: Sequence[Run], printer: Printer) -> None:
     Of several runs the first one's step is that of them all.
     """
     run, config = members[0], members[0].config
-    eager = run.step = make_step(members)
+    run.step = make_step(members)
     if run.progress.epoch >= config.epochs:
         return
-    count = len(run.dataset.train.labels)
-    engine = config.engine
-    if engine == "auto" and run.device.type == "cuda":
-        engine = "compiled-graph"
-    elif engine == "auto":
-        steps = config.epochs * math.ceil(count / config.batch_size)
-        engine = "compiled" if steps >= COMPILE_FROM_STEPS else "eager"
-    before = run.progress.engine
-    if config.engine == "auto" and before and ("graph" in before) <= (run.device.type == "cuda"):
-        engine = before
-    elif before not in ("", engine):
-        printer.warn(f"the engine is {engine} and was {before} so far: the end may differ by rounding from what it was")
-    full_batches = count // config.batch_size
-    together = 1
-    if "graph" in engine:
-        # No more than lie between two things that are due.
-        every = parse_every(config.checkpoint_every)
-        between = min(config.report_every, every.number if every.unit == "batches" else config.report_every)
-        together = min(config.steps_per_replay or REPLAYED_STEPS, full_batches, between)
-    draw = population.side_by_side(
-        [data.draw_epoch(one.config.seed, 0, count, flip=run.dataset.flip) for one in members]
-    )
-    state = population.stack([one.state for one in members])
-    batch = tree.to(next(data.batches(draw, config.batch_size)), run.device)
-    pictures = next(data.batches(run.dataset.test, run.eval_batch_size))
-    step, eval_step, started = eager, run.eval_step, time.perf_counter()
-    try:
-        if engine.startswith("compiled"):
-            printer.say(f"engine       {engine}: compiling, which takes a minute or more the first time")
-            step = capture.compile_step(step, batch, channels_last=len(members) == 1)
-            # The step is pure: what this computes is thrown away, and the state is as it was.
-            with printer.waiting(f"compiling {engine}"):
-                step(state, batch)
-        step = training.scan(step, config.batch_size)
-        if "graph" in engine:
-            with printer.waiting("capturing"):
-                rows = tree.to(next(data.batches(draw, together * config.batch_size)), run.device)
-                step = capture.capture(step, state, rows)
-                network = run.model.weights(run.state.params), run.state.batch_stats
-                if engine.startswith("compiled"):
-                    eval_step = capture.compile_step(eval_step, pictures)
-                eval_step = capture.capture_evaluation(eval_step, network, pictures)
-    except (torch.OutOfMemoryError, MemoryError, ValueError):
-        raise  # which no other engine would cure
-    except Exception as error:  # the compiler and what it calls raise errors of many kinds
-        if os.environ.get("HYPERFUNC_TRACEBACK"):
-            raise
-        reason = one_line(error)[:200]
-        # A rank cannot know whether the others go on with the same engine.
-        if config.engine != "auto" or run.ranks.world > 1:
-            raise OSError(f"--engine: {engine} does not work here, eager does without: {reason}") from None
-        printer.warn(f"the engine {engine} does not work here, going on with eager: {reason}")
-        engine, together, step, eval_step = "eager", 1, training.scan(eager, config.batch_size), run.eval_step
+    engine = choose_engine(run, printer)
+    together = steps_per_replay(run) if "graph" in engine else 1
+    started = time.perf_counter()
+    made = None
+    while made is None:
+        try:
+            made = make_engine(engine, together, members, printer)
+        except (torch.OutOfMemoryError, MemoryError, ValueError):
+            raise  # which no other engine would cure
+        except Exception as error:  # the compiler and what it calls raise errors of many kinds
+            if engine == "eager" or os.environ.get("HYPERFUNC_TRACEBACK"):
+                raise
+            reason = one_line(error)[:200]
+            # A rank cannot know whether the others go on with the same engine.
+            if config.engine != "auto" or run.ranks.world > 1:
+                raise OSError(f"--engine: {engine} does not work here, eager does without: {reason}") from None
+            failed, engine = engine, SECOND_BEST[engine]
+            together = together if "graph" in engine else 1
+            printer.warn(f"the engine {failed} does not work here, going on with {engine}: {reason}")
+    step, eval_step = made
     for one in members:
         one.step, one.steps_per_replay, one.progress.engine = step, together, engine
         if one.normalization is run.normalization:
@@ -381,6 +351,63 @@ def start_engine(members: Sequence[Run], printer: Printer) -> None:
     if engine != "eager":
         details.append(f"ready after {time.perf_counter() - started:.1f} s")
     printer.say(f"engine       {', '.join(details)}")
+
+
+def choose_engine(run: Run, printer: Printer) -> str:
+    """The engine that `--engine` means for this run; auto stays with the one that a run has had so far."""
+    config, before, on_gpu = run.config, run.progress.engine, run.device.type == "cuda"
+    engine: str = config.engine
+    if engine == "auto" and before and ("graph" in before) <= on_gpu:
+        return before
+    if engine == "auto" and on_gpu:
+        engine = "compiled-graph"
+    elif engine == "auto":
+        steps = config.epochs * math.ceil(len(run.dataset.train.labels) / config.batch_size)
+        engine = "compiled" if steps >= COMPILE_FROM_STEPS else "eager"
+    if before not in ("", engine):
+        printer.warn(f"the engine is {engine} and was {before} so far: the end may differ by rounding from what it was")
+    return engine
+
+
+def steps_per_replay(run: Run) -> int:
+    """Steps in one CUDA graph: no more than lie between two things that are due."""
+    config, every = run.config, parse_every(run.config.checkpoint_every)
+    between = min(config.report_every, every.number if every.unit == "batches" else config.report_every)
+    full_batches = len(run.dataset.train.labels) // config.batch_size
+    return min(config.steps_per_replay or REPLAYED_STEPS, full_batches, between)
+
+
+def make_engine(
+    engine: str, together: int, members: Sequence[Run], printer: Printer
+) -> tuple[training.Step, training.EvalStep]:
+    """The steps of training and of evaluation by this engine, with so many of training in one graph."""
+    run = members[0]
+    step, eval_step, size = run.step, run.eval_step, run.config.batch_size
+    if engine == "eager":
+        return training.scan(step, size), eval_step
+    count = len(run.dataset.train.labels)
+    draw = population.side_by_side(
+        [data.draw_epoch(one.config.seed, 0, count, flip=run.dataset.flip) for one in members]
+    )
+    state = population.stack([one.state for one in members])
+    if engine.startswith("compiled"):
+        batch = tree.to(next(data.batches(draw, size)), run.device)
+        printer.say(f"engine       {engine}: compiling, which takes a minute or more the first time")
+        step = capture.compile_step(step, batch, channels_last=len(members) == 1)
+        # The step is pure: what this computes is thrown away, and the state is as it was.
+        with printer.waiting(f"compiling {engine}"):
+            step(state, batch)
+    step = training.scan(step, size)
+    if "graph" in engine:
+        with printer.waiting("capturing"):
+            rows = tree.to(next(data.batches(draw, together * size)), run.device)
+            step = capture.capture(step, state, rows)
+            pictures = next(data.batches(run.dataset.test, run.eval_batch_size))
+            network = run.model.weights(run.state.params), run.state.batch_stats
+            if engine.startswith("compiled"):
+                eval_step = capture.compile_step(eval_step, pictures)
+            eval_step = capture.capture_evaluation(eval_step, network, pictures)
+    return step, eval_step
 
 
 def carry_out(run: Run, interrupts: Interrupts, printer: Printer, *, paints: bool = True) -> population.Member:

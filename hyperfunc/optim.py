@@ -7,6 +7,7 @@ into a compiled or captured step.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -55,11 +56,14 @@ class Optimizer(NamedTuple):
         update: `update(grads, opt_state, params, step) -> (new params, new opt_state)`, where `step` counts the
             updates done before this one.
         learning_rate: The schedule that `update` follows.
+        elementwise: Whether each element is updated by itself, whatever leaf it is in, so that both functions may be
+            given all elements as one vector in place of the tree.
     """
 
     init: Callable[[Any], Any]
     update: Callable[[Any, Any, Any, Tensor], tuple[Any, Any]]
     learning_rate: Schedule
+    elementwise: bool = False
 
 
 def adam(
@@ -109,7 +113,7 @@ def adam(
         denominator = v.sqrt() / (1 - beta2**t).sqrt() + eps
         return unravel(theta - step_size * (m / denominator)), Moments(m, v)
 
-    return Optimizer(init, update, schedule)
+    return Optimizer(init, update, schedule, elementwise=True)
 
 
 def sgd(learning_rate: float | Schedule, *, momentum: float = 0.9, weight_decay: float = 0.0) -> Optimizer:
@@ -140,7 +144,7 @@ def sgd(learning_rate: float | Schedule, *, momentum: float = 0.9, weight_decay:
         m = momentum * opt_state.m + g
         return unravel(theta - schedule(step) * (g + momentum * m)), Momentum(m)
 
-    return Optimizer(init, update, schedule)
+    return Optimizer(init, update, schedule, elementwise=True)
 
 
 def scaled(optimizer: Optimizer, *, first: float = 2.0**16, grow_after: int = 2000) -> Optimizer:
@@ -168,26 +172,29 @@ def scaled(optimizer: Optimizer, *, first: float = 2.0**16, grow_after: int = 20
     def init(params: Any) -> Scaled:
         device = tree.leaves(params)[0].device
         scale = torch.full((), first, dtype=torch.float32, device=device)
-        return Scaled(scale, torch.zeros((), dtype=torch.int64, device=device), optimizer.init(params))
+        inner = optimizer.init(tree.ravel(params)[0] if optimizer.elementwise else params)
+        return Scaled(scale, torch.zeros((), dtype=torch.int64, device=device), inner)
 
     def update(grads: Any, opt_state: Scaled, params: Any, step: Int[Tensor, ""]) -> tuple[Any, Scaled]:
         scale, streak, inner = opt_state
-        vector, unravel = tree.ravel(grads)
-        finite = vector.isfinite().all()
-        new_params, new_inner = optimizer.update(unravel(vector / scale), inner, params, step)
-
-        def chosen(new: Any, old: Any) -> Any:
-            new_vector, unravel = tree.ravel(new)
-            return unravel(torch.where(finite, new_vector, tree.ravel(old)[0]))
-
+        g, unravel = tree.ravel(grads)
+        theta, _ = tree.ravel(params)
+        finite = g.isfinite().all()
+        if optimizer.elementwise:
+            # As the vectors that they are: cut up and joined again, they would be a kernel for each leaf.
+            new_theta, new_inner = optimizer.update(g / scale, inner, theta, step)
+        else:
+            new_params, new_inner = optimizer.update(unravel(g / scale), inner, params, step)
+            new_theta, _ = tree.ravel(new_params)
         streak = torch.where(finite, streak + 1, 0)
         grows = streak >= grow_after
         # A scale that is halved for ever would become 0, and one that is doubled for ever infinite.
         scale = torch.where(finite, torch.where(grows, scale * 2, scale), scale / 2).clamp(2.0**-14, 2.0**24)
-        new_state = Scaled(scale, torch.where(grows, 0, streak), chosen(new_inner, inner))
-        return chosen(new_params, params), new_state
+        new_inner = tree.map(partial(torch.where, finite), new_inner, inner)
+        new_state = Scaled(scale, torch.where(grows, 0, streak), new_inner)
+        return unravel(torch.where(finite, new_theta, theta)), new_state
 
-    return Optimizer(init, update, optimizer.learning_rate)
+    return Optimizer(init, update, optimizer.learning_rate, optimizer.elementwise)
 
 
 def constant(value: float) -> Schedule:

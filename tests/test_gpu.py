@@ -7,7 +7,7 @@ from typing import Any
 import prepared
 import pytest
 import torch
-from helpers import interrupt_train, make_folder, run_train, small
+from helpers import RunHere, interrupt_train, make_folder, run_train, small
 from torch import Generator, Tensor, nn
 
 import hyperfunc as hf
@@ -130,6 +130,19 @@ def test_every_engine_trains_as_the_eager_one(
         assert f"engine       {name}, fp32" in done.stdout
     for ours, theirs in zip(losses(tmp_path / engine), losses(tmp_path / "eager"), strict=True):
         assert abs(ours - theirs) < 0.05 * theirs
+
+
+def test_what_cannot_be_compiled_is_still_captured(
+    folder: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no C compiler is here")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    done = run_here(*gpu(folder, "--checkpoint-path", "run.pth"))
+    assert done.returncode == 0, done.stderr
+    assert "the engine compiled-graph does not work here, going on with graph: no C compiler is here" in done.stderr
+    assert "steps a graph" in done.stdout
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])

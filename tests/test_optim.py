@@ -136,8 +136,9 @@ def test_bad_input(make: Callable[[], object], message: str) -> None:
         make()
 
 
-def test_a_scaled_optimizer_does_what_the_optimizer_does(generator: Generator) -> None:
-    inner = optim.adam(0.01, weight_decay=0.1)
+@pytest.mark.parametrize("elementwise", [True, False])
+def test_a_scaled_optimizer_does_what_the_optimizer_does(elementwise: bool, generator: Generator) -> None:
+    inner = optim.adam(0.01, weight_decay=0.1)._replace(elementwise=elementwise)
     ours = optim.scaled(inner, first=2.0**10)
     params = {"a": torch.randn(3, 2, generator=generator), "b": torch.randn(4, generator=generator)}
     state, expected_state, expected = ours.init(params), inner.init(params), params
@@ -151,9 +152,12 @@ def test_a_scaled_optimizer_does_what_the_optimizer_does(generator: Generator) -
     assert (state.scale, state.streak) == (2.0**10, 5)
 
 
+@pytest.mark.parametrize("elementwise", [True, False])
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-def test_gradients_that_overflow_change_nothing_but_the_scale(bad: float, generator: Generator) -> None:
-    optimizer = optim.scaled(optim.adam(0.01), first=8.0)
+def test_gradients_that_overflow_change_nothing_but_the_scale(
+    bad: float, elementwise: bool, generator: Generator
+) -> None:
+    optimizer = optim.scaled(optim.adam(0.01)._replace(elementwise=elementwise), first=8.0)
     params = {"a": torch.randn(3, generator=generator)}
     grads = {"a": torch.tensor([1.0, bad, 1.0])}
     state = optimizer.init(params)._replace(streak=torch.tensor(7))
