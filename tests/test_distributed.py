@@ -14,7 +14,7 @@ from hyperfunc import data, launch, tree
 from hyperfunc.distributed import describe_difference, device_index, digest, joined, mean_over_ranks, part
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What so many ranks found."""
     path = tmp_path_factory.mktemp("ranks") / "found.pt"
