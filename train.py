@@ -28,12 +28,14 @@ if __name__ == "__main__":
     for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(_number, _exit_before_start)
 
+import itertools
 import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +61,7 @@ from hyperfunc.console import Printer, TrainingBars
 from hyperfunc.environment import describe_device, environment
 from hyperfunc.exits import EXIT_BAD_INPUT, EXIT_FAILED, one_line
 from hyperfunc.interrupt import Interrupted, Interrupts, exit_at_once, ignore
+from hyperfunc.model import BatchStats, Params
 from hyperfunc.report import Reporter, start_reporting
 from hyperfunc.run import (
     Progress,
@@ -298,6 +301,13 @@ def make_step(members: Sequence[Run]) -> training.Step:
     all runs that share them."""
     run = members[0]
     if len(members) > 1:
+        if run.config.calibrate:
+            loads: dict[int, training.Load] = {}  # by pictures, which come with their normalization
+            for one in members:
+                pictures = one.dataset.train
+                if id(pictures) not in loads:
+                    loads[id(pictures)] = data.make_train_load(tree.to(pictures, one.device), one.normalization)
+                one.calibration_step = make_calibration_step(one, loads[id(pictures)])
         load = population.make_load([one.dataset.train for one in members], [one.normalization for one in members])
         return population.map_step(training.make_train_step(run.model, run.optimizer, load=load, **run.objective))
     whole = data.make_train_load(tree.to(run.dataset.train, run.device), run.normalization)
@@ -309,7 +319,14 @@ def make_step(members: Sequence[Run]) -> training.Step:
         return whole(ranks.part(draw))
 
     run.load = part
+    if run.config.calibrate:
+        run.calibration_step = make_calibration_step(run, part)
     return training.make_train_step(run.model, run.optimizer, load=part, **run.objective)
+
+
+def make_calibration_step(run: Run, load: training.Load) -> training.CalibrationStep:
+    """What forms the statistics anew by a batch of this run's."""
+    return training.make_calibration_step(run.model, load=load, precision=run.precision)
 
 
 def start_engine(members: Sequence[Run], printer: Printer) -> None:
@@ -340,11 +357,11 @@ def start_engine(members: Sequence[Run], printer: Printer) -> None:
             failed, engine = engine, SECOND_BEST[engine]
             together = together if "graph" in engine else 1
             printer.warn(f"the engine {failed} does not work here, going on with {engine}: {reason}")
-    step, eval_step = made
+    step, eval_step, calibration_step = made
     for one in members:
         one.step, one.steps_per_replay, one.progress.engine = step, together, engine
         if one.normalization is run.normalization:
-            one.eval_step = eval_step
+            one.eval_step, one.calibration_step = eval_step, calibration_step
     details = [engine, run.precision]
     if "graph" in engine:
         details.append(f"{together} steps a graph")
@@ -379,12 +396,12 @@ def steps_per_replay(run: Run) -> int:
 
 def make_engine(
     engine: str, together: int, members: Sequence[Run], printer: Printer
-) -> tuple[training.Step, training.EvalStep]:
-    """The steps of training and of evaluation by this engine, with so many of training in one graph."""
+) -> tuple[training.Step, training.EvalStep, training.CalibrationStep | None]:
+    """The steps of training, of evaluation and of calibration by this engine, with so many of training in one graph."""
     run = members[0]
-    step, eval_step, size = run.step, run.eval_step, run.config.batch_size
+    step, eval_step, calibration_step, size = run.step, run.eval_step, run.calibration_step, run.config.batch_size
     if engine == "eager":
-        return training.scan(step, size), eval_step
+        return training.scan(step, size), eval_step, calibration_step
     count = len(run.dataset.train.labels)
     draw = population.side_by_side(
         [data.draw_epoch(one.config.seed, 0, count, flip=run.dataset.flip) for one in members]
@@ -402,12 +419,18 @@ def make_engine(
         with printer.waiting("capturing"):
             rows = tree.to(next(data.batches(draw, together * size)), run.device)
             step = capture.capture(step, state, rows)
-            pictures = next(data.batches(run.dataset.test, run.eval_batch_size))
             network = run.model.weights(run.state.params), run.state.batch_stats
-            if engine.startswith("compiled"):
-                eval_step = capture.compile_step(eval_step, pictures)
-            eval_step = capture.capture_evaluation(eval_step, network, pictures)
-    return step, eval_step
+
+            def captured(function: capture.Evaluation, batch: Any) -> capture.Evaluation:
+                if engine.startswith("compiled"):
+                    function = capture.compile_step(function, batch)
+                return capture.capture_evaluation(function, network, batch)
+
+            eval_step = captured(eval_step, next(data.batches(run.dataset.test, run.eval_batch_size)))
+            if calibration_step is not None:
+                drawn = data.draw_epoch(run.config.seed, 0, count, flip=run.dataset.flip)
+                calibration_step = captured(calibration_step, tree.to(next(data.batches(drawn, size)), run.device))
+    return step, eval_step, calibration_step
 
 
 def carry_out(run: Run, interrupts: Interrupts, printer: Printer, *, paints: bool = True) -> population.Member:
@@ -466,7 +489,7 @@ def train(run: Run, interrupts: Interrupts, reporter: Reporter) -> population.Me
                         progress.seconds = time.perf_counter() - started
                         run_file.save(run, reporter)
                 bars.figures(epoch="evaluating")
-                finish_epoch(run, started, pace, every, interrupts, reporter)
+                finish_epoch(run, draw, started, pace, every, interrupts, reporter)
             except Interrupted as interrupt:
                 progress.seconds = time.perf_counter() - started
                 return stop(run, interrupt.number, reporter)
@@ -544,7 +567,13 @@ def report(run: Run, rows: data.Draw, reporter: Reporter, bars: TrainingBars, pa
 
 
 def finish_epoch(
-    run: Run, started: float, pace: Pace, every: Every, interrupts: Interrupts, reporter: Reporter
+    run: Run,
+    draw: data.Draw,
+    started: float,
+    pace: Pace,
+    every: Every,
+    interrupts: Interrupts,
+    reporter: Reporter,
 ) -> None:
     """Evaluates, keeps the best, saves, and shows all of it.
 
@@ -556,7 +585,8 @@ def finish_epoch(
     check_finite(run)
     train_loss, train_accuracy = loss_and_accuracy(run.epoch_totals)
     rate = float(run.optimizer.learning_rate(run.state.step - 1))
-    test_loss, test_accuracy = evaluate(run, run.dataset.test, interrupts)
+    network = run.state.params, calibrated(run, draw, interrupts)
+    test_loss, test_accuracy = evaluate(run, network, run.dataset.test, interrupts)
     row: dict[str, float] = {
         "epoch": progress.epoch + 1,
         "step": run.steps_done,
@@ -567,12 +597,12 @@ def finish_epoch(
     }
     chosen_by = test_accuracy
     if run.dataset.val is not None:
-        row["val/loss"], row["val/accuracy"] = evaluate(run, run.dataset.val, interrupts)
+        row["val/loss"], row["val/accuracy"] = evaluate(run, network, run.dataset.val, interrupts)
         chosen_by = row["val/accuracy"]
     is_best = chosen_by > progress.best_accuracy
     if is_best:
         progress.best_accuracy, progress.best_epoch = chosen_by, progress.epoch + 1
-        run.best = tree.clone((run.state.params, run.state.batch_stats))
+        run.best = tree.clone(network)
     seconds = time.perf_counter() - started
     row |= {"learning_rate": rate, "epoch_time": seconds}
     if pace.average:
@@ -632,21 +662,46 @@ def stop(run: Run, number: int, reporter: Reporter) -> int:
     return 128 + number
 
 
-def evaluate(run: Run, images: data.Images, interrupts: Interrupts) -> tuple[float, float]:
+def calibrated(run: Run, draw: data.Draw, interrupts: Interrupts) -> BatchStats:
+    """What batch norms evaluate with: under --calibrate what the first batches of the epoch make of it now.
+
+    Raises:
+        Interrupted: A signal came.
+    """
+    state, step = run.state, run.calibration_step
+    if step is None:
+        return state.batch_stats
+    full = len(draw.picture) // run.config.batch_size
+    batches = itertools.islice(data.batches(draw, run.config.batch_size), min(run.config.calibrate, full))
+    stats = training.calibrate(
+        run.model, state.params, state.batch_stats, until_signal(run, batches, interrupts), step=step
+    )
+    return run.ranks.mean(stats)
+
+
+def until_signal(run: Run, batches: Iterator[Any], interrupts: Interrupts) -> Iterator[Any]:
+    """The batches.
+
+    Raises:
+        Interrupted: A signal came.
+    """
+    for batch in batches:
+        if (order := run.ranks.agree(interrupts.received)) not in (None, distributed.SAVE):
+            raise Interrupted(order)
+        yield batch
+
+
+def evaluate(
+    run: Run, network: tuple[Params, BatchStats], images: data.Images, interrupts: Interrupts
+) -> tuple[float, float]:
     """Mean loss, and accuracy in percent.
 
     Raises:
         Interrupted: A signal came.
         FloatingPointError: The loss is not finite.
     """
-
-    def batches() -> Iterator[data.Images]:
-        for batch in data.batches(images, run.eval_batch_size * run.ranks.world):
-            if (order := run.ranks.agree(interrupts.received)) not in (None, distributed.SAVE):
-                raise Interrupted(order)
-            yield run.ranks.part(batch)
-
-    metrics = training.evaluate(run.model, run.state.params, run.state.batch_stats, batches(), eval_step=run.eval_step)
+    wholes = until_signal(run, data.batches(images, run.eval_batch_size * run.ranks.world), interrupts)
+    metrics = training.evaluate(run.model, *network, map(run.ranks.part, wholes), eval_step=run.eval_step)
     loss, accuracy = loss_and_accuracy(run.ranks.sum(metrics))
     if not math.isfinite(loss):
         raise FloatingPointError(not_finite(run, f"the loss is {loss} in the evaluation after"))

@@ -54,6 +54,14 @@ class Config:
     eval_batch_size: int = option(
         0, "run", "pictures at once in evaluation; 0 means 1000 on a GPU and 100 on the CPU", at_least=0
     )
+    calibrate: int = option(
+        0,
+        "run",
+        "training batches by which batch norms form their statistics anew before each evaluation; 0 takes the running "
+        "ones",
+        at_least=0,
+        shapes=True,
+    )
     seed: int = option(0, "run", "of the initial parameters, the order and the augmentation", at_least=0, shapes=True)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "run", "auto takes a GPU where there is one")
     engine: Literal["auto", "eager", "compiled", "graph", "compiled-graph"] = option(

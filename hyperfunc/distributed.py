@@ -74,6 +74,9 @@ class Alone:
     def sum(self, values: Tree) -> Tree:
         return values
 
+    def mean(self, values: Tree) -> Tree:
+        return values
+
     def agree(self, wish: int | None) -> int | None:
         return wish
 
@@ -143,6 +146,13 @@ class Group:
         return tree.replace_leaves(
             values, [new.to(old.dtype) for new, old in zip(total.unbind(), tree.leaves(values), strict=True)]
         )
+
+    def mean(self, values: Tree) -> Tree:
+        """The means over ranks of a pytree of tensors; integers among them stay."""
+        with self._watch.waiting():
+            _, means, _ = mean_over_ranks(1, torch.zeros(1, dtype=torch.float64, device=self._device), values, ())
+            tree.leaves(means)[0].tolist()  # waits for the device here, and not at some later place
+        return means
 
     def agree(self, wish: int | None) -> int | None:
         """See `watch.Watch.agree`."""

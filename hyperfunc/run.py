@@ -63,6 +63,8 @@ class Run:
     """Of those among them that no line has shown yet."""
     unread: list[Metrics] = field(default_factory=list)
     """Of the batches after those, a row for each; reading them means waiting for the device."""
+    calibration_step: training.CalibrationStep | None = None
+    """Of a batch of the training pictures, made with `step`; None without --calibrate."""
     load: training.Load | None = None
     """Makes the pictures of a batch, made with `step`; None for a run that shares its step with others."""
     steps_per_replay: int = 1

@@ -153,6 +153,7 @@ def main() -> None:
         ranks.compare({}, {"what was agreed": own})
         found["agreement"] = own
         found["reduction"] = reduction(ranks)
+        found["mean"] = ranks.mean({"mean": torch.full((2,), 10.0 * ranks.rank), "batches": torch.tensor(7)})
         if ranks.rank == 0:
             torch.save(found, sys.argv[1])
 

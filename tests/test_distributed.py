@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ranks_program as program
 import torch
-from helpers import ROOT
+from helpers import ROOT, assert_trees_equal
 
 from hyperfunc import data, launch, tree
 from hyperfunc.distributed import describe_difference, device_index, digest, joined, mean_over_ranks, part
@@ -89,6 +89,11 @@ def test_reduction_weighs_by_pictures(found: dict[str, Any]) -> None:
     assert averages["batches"] == 7
     assert [value.item() for value in metrics] == sums
     assert metrics.total.dtype == torch.int64
+
+
+def test_means_are_over_ranks(found: dict[str, Any]) -> None:
+    mean = 10.0 * (found["world"] - 1) / 2
+    assert_trees_equal(found["mean"], {"mean": torch.tensor([mean, mean]), "batches": torch.tensor(7)})
 
 
 def test_the_reduction_is_one_collective(monkeypatch: pytest.MonkeyPatch) -> None:

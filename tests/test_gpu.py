@@ -107,8 +107,9 @@ def gpu(folder: Path, *flags: str) -> list[str]:
     return small(folder, "--device", "cuda", "--epochs", "2", *flags)
 
 
-def losses(path: Path) -> list[float]:
-    return [row["train/loss"] for row in checkpoint.load(path).notes["progress"]["history"]]
+def losses(path: Path, *names: str) -> list[float]:
+    history = checkpoint.load(path).notes["progress"]["history"]
+    return [row[name] for row in history for name in names or ["train/loss"]]
 
 
 @pytest.mark.parametrize(
@@ -125,10 +126,11 @@ def test_every_engine_trains_as_the_eager_one(
     monkeypatch.setattr(prepared, "SECONDS", 900)  # the compiler tries out every product, once for each of two steps
     for name in ("eager", engine):
         flags = gpu(folder, "--precision", "fp32", "--engine", name, "--checkpoint-path", name)
-        done = run_train(*flags, "--steps-per-replay", "3", cwd=tmp_path)
+        done = run_train(*flags, "--steps-per-replay", "3", "--calibrate", "3", cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"engine       {name}, fp32" in done.stdout
-    for ours, theirs in zip(losses(tmp_path / engine), losses(tmp_path / "eager"), strict=True):
+    both = (losses(tmp_path / name, "train/loss", "test/loss") for name in (engine, "eager"))
+    for ours, theirs in zip(*both, strict=True):
         assert abs(ours - theirs) < 0.05 * theirs
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import (
     RunHere,
+    assert_calibrated,
     assert_refused,
     assert_trees_equal,
     interrupt_train,
@@ -283,7 +284,7 @@ def test_seeds_are_the_single_runs_with_checkpoint_journal_and_table(
     folder: Path, tmp_path: Path, run_here: RunHere
 ) -> None:
     """Held-out pictures are other ones for every seed, and so is the normalization."""
-    flags = small(folder, "--epochs", "1", "--val-size", "4", "--report-every", "1")
+    flags = small(folder, "--epochs", "1", "--val-size", "4", "--report-every", "1", "--calibrate", "2")
     done = run_here(*flags, "--seeds", "3,5", "--seeds-per-step", "2", "--checkpoint-path", "run.pth", drawn=True)
     assert done.returncode == 0, done.stderr
     of_runs = [f"run.seed{seed}{ending}" for seed in (3, 5) for ending in (".metrics.jsonl", ".pth")]
@@ -293,6 +294,7 @@ def test_seeds_are_the_single_runs_with_checkpoint_journal_and_table(
         ours, theirs = (first_report(tmp_path / f"{name}.metrics.jsonl") for name in (f"run.seed{seed}", "one"))
         assert ours["batch/loss"] == pytest.approx(theirs["batch/loss"], rel=1e-5)
         assert ours["batch/accuracy"] == theirs["batch/accuracy"]
+        assert_calibrated(tmp_path / f"run.seed{seed}.pth", folder, 2, val_size=4)
         progress = checkpoint.load(tmp_path / f"run.seed{seed}.pth").notes["progress"]
         assert found["last"] == progress["history"][-1]["test/accuracy"]
         assert (found["best_epoch"], found["flags"]) == (1, {"seed": seed})

@@ -238,9 +238,9 @@ def test_the_epoch_of_a_stopped_evaluation_has_no_speed(
 ) -> None:
     evaluate = train.evaluate
 
-    def stop_first(run: Any, images: Any, interrupts: Any) -> tuple[float, float]:
+    def stop_first(run: Any, network: Any, images: Any, interrupts: Any) -> tuple[float, float]:
         interrupts.received = 15
-        return evaluate(run, images, interrupts)
+        return evaluate(run, network, images, interrupts)
 
     monkeypatch.setattr(train, "evaluate", stop_first)
     flags = small(folder, "--epochs", "1", "--checkpoint-path", "run.pth")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import (
     RunHere,
+    assert_calibrated,
     assert_refused,
     assert_trees_equal,
     interrupt_train,
@@ -236,6 +237,26 @@ def test_the_best_model_in_the_checkpoint_has_the_accuracy_that_was_printed(
         model, params, batch_stats, [dataset.test], eval_step=training.make_eval_step(model, load=load)
     )
     assert loss_and_accuracy(metrics)[1] == pytest.approx(row["test/accuracy"])
+
+
+def test_calibrated_statistics_are_evaluated_and_kept_with_the_best(
+    folder: Path, tmp_path: Path, run_here: RunHere
+) -> None:
+    flags = small(folder, "--epochs", "1", "--seed", "7")
+    for name, more in (("running", []), ("run", ["--calibrate", "3"])):
+        done = run_here(*flags, "--checkpoint-path", f"{name}.pth", *more)
+        assert done.returncode == 0, done.stderr
+    ours, running = state_of(tmp_path / "run.pth"), state_of(tmp_path / "running.pth")
+    trained = {path: leaf for path, leaf in ours.items() if path.startswith("state/")}
+    assert_trees_equal(trained, {path: leaf for path, leaf in running.items() if path.startswith("state/")})
+
+    assert_calibrated(tmp_path / "run.pth", folder, 3)
+    model, params, batch_stats = hf.load(tmp_path / "run.pth")
+    dataset = data.load_dataset("folder", folder)
+    step = training.make_eval_step(model, load=data.make_eval_load(data.measure(dataset.train)))
+    loss, _ = loss_and_accuracy(training.evaluate(model, params, batch_stats, [dataset.test], eval_step=step))
+    (row,) = checkpoint.load(tmp_path / "run.pth").notes["progress"]["history"]
+    assert row["test/loss"] == pytest.approx(loss)
 
 
 def test_training_is_what_the_library_does_step_by_step(folder: Path, tmp_path: Path, run_here: RunHere) -> None:

@@ -168,6 +168,47 @@ def test_evaluation_uses_the_running_statistics_and_leaves_them(generator: Gener
     torch.testing.assert_close(metrics.loss, F.cross_entropy(logits, labels, reduction="sum"))
 
 
+def test_calibration_is_the_way_forward_of_so_many_steps(generator: Generator) -> None:
+    model = hf.hyper_resnet(10)
+    state = a_state(model, optim.adam(0.1))
+    batches = [a_batch(generator) for _ in range(3)]
+    before = tree.named_leaves(tree.clone(state))
+    found = training.calibrate(model, state.params, state.batch_stats, batches)
+    assert_trees_equal(before, tree.named_leaves(state))
+    # As SGD by a rate of 0 leaves them, step by step.
+    still = optim.sgd(0.0)
+    step, resting = training.make_train_step(model, still), state._replace(opt_state=still.init(state.params))
+    for batch in batches:
+        resting, _ = step(resting, batch)
+    torch.testing.assert_close(found, resting.batch_stats)
+    assert training.calibrate(model, state.params, state.batch_stats, []) is state.batch_stats
+
+
+def test_calibration_forgets_what_other_parameters_had_left(generator: Generator) -> None:
+    """Whatever the statistics were, after many batches they are those of the batches, in which the network then is as
+    in training."""
+    model = hf.hyper_resnet(10)
+    state = a_state(model, optim.adam(0.1))
+    images, labels = a_batch(generator, 16)
+    stale = {name: leaf * 50 if leaf.is_floating_point() else leaf for name, leaf in state.batch_stats.items()}
+    found = training.calibrate(model, state.params, stale, [(images, labels)] * 200)
+    in_training, _ = model.apply(state.params, state.batch_stats, images, train=True)
+    evaluated, _ = model.apply(state.params, found, images, train=False)
+    # But for the unbiased variance that is kept, over 16 times 64 pixels and more.
+    torch.testing.assert_close(evaluated, in_training, rtol=0.02, atol=0.02)
+    before, _ = model.apply(state.params, stale, images, train=False)
+    assert (before - in_training).abs().max() > 0.5
+
+
+def test_calibration_of_a_network_that_draws(generator: Generator) -> None:
+    layers = nn.Conv2d(3, 16, 3), nn.Dropout(0.5), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.Flatten()
+    model = hf.hyperize(nn.Sequential(*layers, nn.Linear(16 * 16, 10)), targets="2.weight", z_dim=4)
+    params, batch_stats = model.init(generator)
+    batch = torch.randn(4, 3, 8, 8, generator=generator), torch.arange(4)
+    found = [training.calibrate(model, params, batch_stats, [batch]) for _ in range(2)]
+    assert_trees_equal(*found)
+
+
 def test_a_scan_is_the_steps_in_turn(generator: Generator) -> None:
     model = hf.hyper_resnet(10)
     optimizer = optim.adam(0.002)
