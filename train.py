@@ -301,14 +301,9 @@ def make_step(members: Sequence[Run]) -> training.Step:
     all runs that share them."""
     run = members[0]
     if len(members) > 1:
-        if run.config.calibrate:
-            loads: dict[int, training.Load] = {}  # by pictures, which come with their normalization
-            for one in members:
-                pictures = one.dataset.train
-                if id(pictures) not in loads:
-                    loads[id(pictures)] = data.make_train_load(tree.to(pictures, one.device), one.normalization)
-                one.calibration_step = make_calibration_step(one, loads[id(pictures)])
         load = population.make_load([one.dataset.train for one in members], [one.normalization for one in members])
+        for index, one in enumerate(members):
+            one.load = population.load_of_member(load, index)
         return population.map_step(training.make_train_step(run.model, run.optimizer, load=load, **run.objective))
     whole = data.make_train_load(tree.to(run.dataset.train, run.device), run.normalization)
 
@@ -319,14 +314,7 @@ def make_step(members: Sequence[Run]) -> training.Step:
         return whole(ranks.part(draw))
 
     run.load = part
-    if run.config.calibrate:
-        run.calibration_step = make_calibration_step(run, part)
     return training.make_train_step(run.model, run.optimizer, load=part, **run.objective)
-
-
-def make_calibration_step(run: Run, load: training.Load) -> training.CalibrationStep:
-    """What forms the statistics anew by a batch of this run's."""
-    return training.make_calibration_step(run.model, load=load, precision=run.precision)
 
 
 def start_engine(members: Sequence[Run], printer: Printer) -> None:
@@ -338,6 +326,9 @@ def start_engine(members: Sequence[Run], printer: Printer) -> None:
     run.step = make_step(members)
     if run.progress.epoch >= config.epochs:
         return
+    if config.calibrate:
+        for one in members:
+            one.calibration_step = training.make_calibration_step(one.model, load=one.load, precision=one.precision)
     engine = choose_engine(run, printer)
     together = steps_per_replay(run) if "graph" in engine else 1
     started = time.perf_counter()
@@ -349,11 +340,11 @@ def start_engine(members: Sequence[Run], printer: Printer) -> None:
             raise  # which no other engine would cure
         except Exception as error:  # the compiler and what it calls raise errors of many kinds
             if engine == "eager" or os.environ.get("HYPERFUNC_TRACEBACK"):
-                raise
+                raise  # there is none below it
             reason = one_line(error)[:200]
             # A rank cannot know whether the others go on with the same engine.
             if config.engine != "auto" or run.ranks.world > 1:
-                raise OSError(f"--engine: {engine} does not work here, eager does without: {reason}") from None
+                raise OSError(f"--engine: {engine} does not work here, {SECOND_BEST[engine]} may: {reason}") from None
             failed, engine = engine, SECOND_BEST[engine]
             together = together if "graph" in engine else 1
             printer.warn(f"the engine {failed} does not work here, going on with {engine}: {reason}")
@@ -420,16 +411,16 @@ def make_engine(
             rows = tree.to(next(data.batches(draw, together * size)), run.device)
             step = capture.capture(step, state, rows)
             network = run.model.weights(run.state.params), run.state.batch_stats
-
-            def captured(function: capture.Evaluation, batch: Any) -> capture.Evaluation:
-                if engine.startswith("compiled"):
-                    function = capture.compile_step(function, batch)
-                return capture.capture_evaluation(function, network, batch)
-
-            eval_step = captured(eval_step, next(data.batches(run.dataset.test, run.eval_batch_size)))
+            pictures = next(data.batches(run.dataset.test, run.eval_batch_size))
+            if engine.startswith("compiled"):
+                eval_step = capture.compile_step(eval_step, pictures)
+            eval_step = capture.capture_evaluation(eval_step, network, pictures)
             if calibration_step is not None:
                 drawn = data.draw_epoch(run.config.seed, 0, count, flip=run.dataset.flip)
-                calibration_step = captured(calibration_step, tree.to(next(data.batches(drawn, size)), run.device))
+                rows = tree.to(next(data.batches(drawn, size)), run.device)
+                if engine.startswith("compiled"):
+                    calibration_step = capture.compile_step(calibration_step, rows)
+                calibration_step = capture.capture(calibration_step, network, rows)
     return step, eval_step, calibration_step
 
 
@@ -558,7 +549,7 @@ def report(run: Run, rows: data.Draw, reporter: Reporter, bars: TrainingBars, pa
         reports_an_epoch = math.ceil(run.batch_count / config.report_every)
         number = progress.epoch * reports_an_epoch + math.ceil(progress.batch / config.report_every)
         # All ranks, because the gradients are of all.
-        if number % config.histogram_every == 0 and run.load and run.ranks.tell(reporter.tracker is not None):
+        if number % config.histogram_every == 0 and run.ranks.tell(reporter.tracker is not None):
             params = run.state.params
             trees = {"parameters": params, "kernels": run.model.kernels(params)}
             last_batch = data.Draw(*(column[-config.batch_size :] for column in rows))
@@ -578,7 +569,7 @@ def finish_epoch(
     """Evaluates, keeps the best, saves, and shows all of it.
 
     Raises:
-        Interrupted: A signal came during the evaluation. Nothing has changed, and the epoch can be finished later.
+        Interrupted: A signal came before its end. Nothing has changed, and the epoch can be finished later.
         FloatingPointError: The state or a loss is not finite. Nothing was saved.
     """
     config, progress = run.config, run.progress
@@ -663,20 +654,24 @@ def stop(run: Run, number: int, reporter: Reporter) -> int:
 
 
 def calibrated(run: Run, draw: data.Draw, interrupts: Interrupts) -> BatchStats:
-    """What batch norms evaluate with: under --calibrate what the first batches of the epoch make of it now.
+    """The statistics to evaluate by: the running ones, under --calibrate after the first full batches of the epoch once
+    more.
 
     Raises:
         Interrupted: A signal came.
     """
-    state, step = run.state, run.calibration_step
-    if step is None:
+    state, calibration_step = run.state, run.calibration_step
+    if calibration_step is None:
         return state.batch_stats
+
+    def step(network: Any, batch: data.Draw) -> Any:
+        with run.ranks.at_device():
+            return calibration_step(network, batch)
+
     full = len(draw.picture) // run.config.batch_size
     batches = itertools.islice(data.batches(draw, run.config.batch_size), min(run.config.calibrate, full))
-    stats = training.calibrate(
-        run.model, state.params, state.batch_stats, until_signal(run, batches, interrupts), step=step
-    )
-    return run.ranks.mean(stats)
+    batches = until_signal(run, batches, interrupts)
+    return run.ranks.mean(training.calibrate(run.model, state.params, state.batch_stats, batches, step=step))
 
 
 def until_signal(run: Run, batches: Iterator[Any], interrupts: Interrupts) -> Iterator[Any]:

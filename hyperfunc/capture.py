@@ -50,7 +50,7 @@ def compile_step(step: Evaluation, batch: Any, *, channels_last: bool = True) ->
     options: dict[str, Any] = {"force_layout_optimization": channels_last}
     if _on_cuda(batch):
         options |= torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
-        # It compiles and times variants of each kernel, one after the other: of the few hundred of a step, for minutes.
+        # It compiles and times variants of each kernel, one after the other. A step has hundreds, which takes minutes.
         options["coordinate_descent_tuning"] = False
         # What is stacked of so many is one kernel: the gradients of the kernels of all layers of a shape. It would else
         # be one for each.

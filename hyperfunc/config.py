@@ -57,8 +57,8 @@ class Config:
     calibrate: int = option(
         0,
         "run",
-        "training batches by which batch norms form their statistics anew before each evaluation; 0 takes the running "
-        "ones",
+        "training batches, at most those of an epoch, that the statistics of batch norms go through once more before "
+        "each evaluation, when the parameters stand still",
         at_least=0,
         shapes=True,
     )

@@ -56,8 +56,8 @@ class Optimizer(NamedTuple):
         update: `update(grads, opt_state, params, step) -> (new params, new opt_state)`, where `step` counts the
             updates done before this one.
         learning_rate: The schedule that `update` follows.
-        elementwise: Whether each element is updated by itself, whatever leaf it is in, so that both functions may be
-            given all elements as one vector in place of the tree.
+        elementwise: Whether it does not matter how the elements are divided into leaves, so that both functions may be
+            given all of them as one vector in place of the tree.
     """
 
     init: Callable[[Any], Any]

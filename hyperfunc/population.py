@@ -79,6 +79,15 @@ def make_load(images: Sequence[data.Images], normalizations: Sequence[data.Norma
     return load
 
 
+def load_of_member(load: Load, index: int) -> Load:
+    """What `make_load` has built, for draws of that member alone."""
+
+    def own(draw: data.Draw) -> tuple[Tensor, Tensor]:
+        return load(Rows(draw.picture, draw.top, draw.left, draw.flip, torch.full_like(draw.picture, index)))
+
+    return own
+
+
 def in_step(members: Sequence[Member], step: Step, states: Sequence[TrainState]) -> list[int | FloatingPointError]:
     """Runs members to their ends, each step one for all of them; returns the exit code of each, or what it failed of.
 

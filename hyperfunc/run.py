@@ -64,9 +64,9 @@ class Run:
     unread: list[Metrics] = field(default_factory=list)
     """Of the batches after those, a row for each; reading them means waiting for the device."""
     calibration_step: training.CalibrationStep | None = None
-    """Of a batch of the training pictures, made with `step`; None without --calibrate."""
-    load: training.Load | None = None
-    """Makes the pictures of a batch, made with `step`; None for a run that shares its step with others."""
+    """Of a batch that `load` takes; made with the engine, None without --calibrate."""
+    load: training.Load = field(init=False)
+    """Makes the pictures of a batch; made with `step`."""
     steps_per_replay: int = 1
     """Batches that `step` is given at once, wherever nothing is due between them."""
     saved: bool = True

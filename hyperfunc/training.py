@@ -62,7 +62,7 @@ Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 EvalStep = Callable[[tuple[dict[str, Tensor], BatchStats], Any], Metrics]
 
-CalibrationStep = Callable[[tuple[dict[str, Tensor], BatchStats], Any], BatchStats]
+CalibrationStep = Callable[[tuple[dict[str, Tensor], BatchStats], Any], tuple[Any, tuple[()]]]
 
 Reduce = Callable[[int, Params, BatchStats, Metrics], tuple[Params, BatchStats, Metrics]]
 """Brings together what ranks that share a batch found for their parts: `distributed.mean_over_ranks`. It is given the
@@ -233,21 +233,23 @@ def evaluate(
 
 
 def make_calibration_step(model: Model, *, load: Load = tuple, precision: Precision = "fp32") -> CalibrationStep:
-    """Builds `step((weights, batch_stats), batch) -> new batch_stats`: the way forward of a training step alone.
+    """Builds `step((weights, batch_stats), batch) -> ((weights, new batch_stats), ())`: the forward pass of training
+    alone, in the form of a step, which can be compiled and captured as such.
 
-    Layers known to be random, such as dropout, draw the same for each batch.
+    Layers known to be random, such as dropout, draw the same for each batch; what is random in a forward method draws
+    from torch's global generator.
     """
     check_model(model)
     check_precision(precision)
     seed = 0 if drawing_layers(model.module) else None
 
     @torch.no_grad()
-    def step(network: tuple[dict[str, Tensor], BatchStats], batch: Any) -> BatchStats:
+    def step(network: tuple[dict[str, Tensor], BatchStats], batch: Any) -> tuple[Any, tuple[()]]:
         weights, batch_stats = network
         images, _ = load(batch)
         with autocast(precision, images.device):
             _, new_stats = model.forward(weights, batch_stats, images, train=True, seed=seed)
-        return new_stats
+        return (weights, new_stats), ()
 
     return step
 
@@ -262,10 +264,11 @@ def calibrate(
 ) -> BatchStats:
     """The running statistics after so many more batches, with the parameters as they are.
 
-    In training the statistics follow parameters that move: what they hold at any time are means over steps which had
-    others. The more the learning rate moves them, the worse an evaluation by such statistics is. After 40 batches of
-    the training data the old ones count for 1.5 % under the usual momentum of 0.1, and the new are those of `params`
-    (Wu and Johnson 2021, arXiv 2105.07576, section 3).
+    In training the statistics follow parameters that move: at any time they are means over steps that had others. The
+    faster the parameters move, the worse an evaluation by such statistics is (Wu and Johnson 2021, arXiv 2105.07576,
+    section 3, who take new means in place of the running ones). After 40 batches the old statistics count for 1.5 %
+    under the usual momentum of 0.1. Batch norms with momentum=None, whose statistics are means over all batches since
+    the first, hardly change.
 
     Args:
         model: The network.
@@ -276,10 +279,11 @@ def calibrate(
     """
     step = step or make_calibration_step(model)
     with torch.no_grad():
-        weights = model.weights(params)
+        network = model.weights(params), batch_stats
     for batch in batches:
-        batch_stats = step((weights, batch_stats), batch)
-    return batch_stats
+        network, _ = step(network, batch)
+    # A captured step goes on to write into its own.
+    return tree.clone(network[1])
 
 
 _Beside = tuple[Tensor, Tensor, BatchStats]

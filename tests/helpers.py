@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import hyperfunc as hf
-from hyperfunc import checkpoint, data, training
+from hyperfunc import checkpoint, data, distributed, training
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -121,18 +121,20 @@ def assert_compiled_run_equals_eager_one(*flags: str, cwd: Path) -> None:
     assert abs(compiled - eager) < 0.05 * eager
 
 
-def assert_calibrated(path: Path, folder: Path, batches: int, *, val_size: int = 0) -> None:
-    """The best model of a run of one epoch has the statistics that so many batches make of the run's last ones."""
-    loaded, model = checkpoint.load(path), hf.hyper_resnet(10, num_classes=2)
-    params, batch_stats = checkpoint.restore(loaded, "best", model.init(torch.Generator()))
+def calibrated_again(
+    path: Path, folder: Path, batches: int, *, size: int = 8, val_size: int = 0, rank: int = 0, world: int = 1
+) -> hf.BatchStats:
+    """What --calibrate makes of the last statistics of a run of one epoch, whose best model is therefore its last; in a
+    rank of so many."""
+    loaded = checkpoint.load(path)
+    model, params, _ = hf.load(path)
     seed = loaded.notes["config"]["seed"]
     pictures = data.load_dataset("folder", folder, val_size=val_size, seed=seed).train
-    load = data.make_train_load(pictures, data.measure(pictures))
-    draws = itertools.islice(data.batches(data.draw_epoch(seed, 0, len(pictures.labels)), 8), batches)
+    draws = itertools.islice(data.batches(data.draw_epoch(seed, 0, len(pictures.labels)), size), batches)
     prefix = "state/batch_stats/"
     last = {name.removeprefix(prefix): leaf for name, leaf in loaded.tensors.items() if name.startswith(prefix)}
-    step = training.make_calibration_step(model, load=load)
-    assert_trees_equal(batch_stats, training.calibrate(model, params, last, draws, step=step))
+    step = training.make_calibration_step(model, load=data.make_train_load(pictures, data.measure(pictures)))
+    return training.calibrate(model, params, last, (distributed.part(draw, rank, world) for draw in draws), step=step)
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], message: str, code: int = 2) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, assert_trees_equal, make_folder
+from helpers import ROOT, assert_trees_equal, calibrated_again, make_folder
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
+import hyperfunc as hf
 import train
 from hyperfunc import checkpoint, journal, launch
 
@@ -163,6 +164,19 @@ def test_two_ranks_show_and_leave_what_one_does(
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     assert ours[0]["batch/loss"] == pytest.approx(theirs[0]["batch/loss"], rel=1e-3)
     assert checkpoint.load(path / "run.pth").notes["environment"]["ranks"] == 2
+
+
+@pytest.mark.slow
+def test_calibrated_statistics_are_means_over_ranks(flags: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, *program(*flags, "--devices", "cpu:2", "--epochs", "1")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    folder = Path(flags[flags.index("--data-dir") + 1])
+    first, second = (calibrated_again(tmp_path / "run.pth", folder, 2, size=6, rank=rank, world=2) for rank in (0, 1))
+    for name, leaf in hf.load(tmp_path / "run.pth")[2].items():
+        torch.testing.assert_close(leaf, (first[name] + second[name]) / 2)
+        assert "running" in name
+        assert not torch.equal(first[name], second[name])
 
 
 def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_end(

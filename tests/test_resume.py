@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import RunHere, assert_refused, make_folder, names_in, run_train, small, train_command
+from helpers import RunHere, assert_refused, assert_trees_equal, make_folder, names_in, run_train, small, train_command
 
 import hyperfunc as hf
 import train
@@ -231,6 +231,26 @@ def test_a_model_is_loaded_of_a_run_that_was_stopped_in_its_first_epoch(
     state = checkpoint.load(tmp_path / "run.pth").tensors
     assert torch.equal(params.primary["head.bias"], state["state/params/primary/head.bias"])
     assert params.primary["head.bias"].any()  # it begins at zero
+
+
+def test_a_signal_during_the_calibration_loses_nothing(
+    folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrated = train.calibrated
+
+    def stop_first(run: Any, draw: Any, interrupts: Any) -> Any:
+        interrupts.received = 15
+        return calibrated(run, draw, interrupts)
+
+    flags = small(folder, "--epochs", "1", "--calibrate", "3")
+    assert run_here(*flags, "--checkpoint-path", "whole.pth").returncode == 0
+    monkeypatch.setattr(train, "calibrated", stop_first)
+    assert run_here(*flags, "--checkpoint-path", "run.pth").returncode == 143
+    monkeypatch.setattr(train, "calibrated", calibrated)
+    done = run_here(*flags, "--checkpoint-path", "run.pth", "--resume")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (checkpoint.load(tmp_path / f"{name}.pth").tensors for name in ("run", "whole"))
+    assert_trees_equal(ours, theirs)
 
 
 def test_the_epoch_of_a_stopped_evaluation_has_no_speed(

@@ -16,9 +16,9 @@ import pytest
 import torch
 from helpers import (
     RunHere,
-    assert_calibrated,
     assert_refused,
     assert_trees_equal,
+    calibrated_again,
     interrupt_train,
     make_folder,
     names_in,
@@ -250,8 +250,8 @@ def test_calibrated_statistics_are_evaluated_and_kept_with_the_best(
     trained = {path: leaf for path, leaf in ours.items() if path.startswith("state/")}
     assert_trees_equal(trained, {path: leaf for path, leaf in running.items() if path.startswith("state/")})
 
-    assert_calibrated(tmp_path / "run.pth", folder, 3)
     model, params, batch_stats = hf.load(tmp_path / "run.pth")
+    assert_trees_equal(batch_stats, calibrated_again(tmp_path / "run.pth", folder, 3))
     dataset = data.load_dataset("folder", folder)
     step = training.make_eval_step(model, load=data.make_eval_load(data.measure(dataset.train)))
     loss, _ = loss_and_accuracy(training.evaluate(model, params, batch_stats, [dataset.test], eval_step=step))
@@ -312,7 +312,7 @@ def test_where_a_step_cannot_be_compiled(
     done = run_here(*small(folder, "--epochs", "1", "--checkpoint-path", "run.pth", "--engine", engine))
     message = "the engine compiled does not work here, going on with eager: no C++ compiler is here"
     if code:
-        message = "--engine: compiled does not work here, eager does without: no C++ compiler is here"
+        message = "--engine: compiled does not work here, eager may: no C++ compiler is here"
     assert_refused(done, message, code=code)
     assert Path("run.pth").exists() == (code == 0)
 
