@@ -61,6 +61,30 @@ def evaluation(p: Problem, device: str) -> tuple[EvalStep, Any, tuple[Tensor, Te
     return training.make_eval_step(model), network, (images, torch.arange(6, device=device))
 
 
+class Calibration(NamedTuple):
+    model: hf.Model
+    step: training.CalibrationStep
+    state: TrainState
+    batches: list[tuple[Tensor, Tensor]]
+
+
+def calibration(device: str) -> Calibration:
+    model, state = hf.hyper_resnet(10), problem(device).state
+    images = torch.randn(3, 6, 3, 16, 16, generator=data.seeded_generator("calibration"), dtype=torch.float64)
+    batches = [(part.to(device), torch.arange(6, device=device)) for part in images]
+    return Calibration(model, training.make_calibration_step(model), state, batches)
+
+
+def assert_same_calibration(ours: training.CalibrationStep, c: Calibration) -> None:
+    """Each time from the state's own statistics on."""
+    for batches in (c.batches, c.batches[1:]):
+        found, expected = (
+            training.calibrate(c.model, c.state.params, c.state.batch_stats, batches, step=step)
+            for step in (ours, c.step)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def run(step: Step, p: Problem) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     state, metrics = p.state, []
     for batch in p.batches * 2:
@@ -98,6 +122,21 @@ def test_a_compiled_evaluation_equals_the_eager_one() -> None:
     compiled = capture.compile_step(function, batch)
     expected, found = function(network, batch), compiled(network, batch)
     torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.traced
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_calibration_equals_the_eager_one() -> None:
+    c = calibration("cpu")
+    assert_same_calibration(capture.compile_step(c.step, c.batches[0]), c)
+
+
+def test_a_captured_calibration_equals_the_eager_one(device: str) -> None:
+    c = calibration(device)
+    network = c.model.weights(c.state.params), c.state.batch_stats
+    before = tree.named_leaves(tree.clone(network))
+    assert_same_calibration(capture.capture(c.step, network, c.batches[0]), c)
+    assert_trees_equal(tree.named_leaves(network), before)
 
 
 @pytest.mark.traced

@@ -98,21 +98,6 @@ def test_dropout_in_a_graph_is_that_of_its_step(generator: Generator) -> None:
         assert_close(metrics, expected, 1e-4)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.traced)])
-def test_calibration_in_a_graph_is_that_of_its_step(compiled: bool, generator: Generator) -> None:
-    model = hf.hyper_resnet(10, z_dim=4)
-    params, batch_stats = tree.to(model.init(generator), CUDA)
-    images, labels = tree.to(pictures(24), CUDA)
-    batches = list(zip(images.split(6), labels.split(6), strict=True))
-    eager = step = training.make_calibration_step(model)
-    if compiled:
-        step = capture.compile_step(step, batches[0])
-    step = capture.capture(step, (model.weights(params), batch_stats), batches[0])
-    first, second = (training.calibrate(model, params, batch_stats, part, step=step) for part in (batches, batches[1:]))
-    assert_close(first, training.calibrate(model, params, batch_stats, batches, step=eager), 1e-3)
-    assert_close(second, training.calibrate(model, params, batch_stats, batches[1:], step=eager), 1e-3)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("pictures"), train=30, test=8)
