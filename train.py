@@ -394,9 +394,8 @@ def make_engine(
     if engine == "eager":
         return training.scan(step, size), eval_step, calibration_step
     count = len(run.dataset.train.labels)
-    draw = population.side_by_side(
-        [data.draw_epoch(one.config.seed, 0, count, flip=run.dataset.flip) for one in members]
-    )
+    draws = [data.draw_epoch(one.config.seed, 0, count, flip=run.dataset.flip) for one in members]
+    draw = population.side_by_side(draws)
     state = population.stack([one.state for one in members])
     if engine.startswith("compiled"):
         batch = tree.to(next(data.batches(draw, size)), run.device)
@@ -416,8 +415,7 @@ def make_engine(
                 eval_step = capture.compile_step(eval_step, pictures)
             eval_step = capture.capture_evaluation(eval_step, network, pictures)
             if calibration_step is not None:
-                drawn = data.draw_epoch(run.config.seed, 0, count, flip=run.dataset.flip)
-                rows = tree.to(next(data.batches(drawn, size)), run.device)
+                rows = tree.to(next(data.batches(draws[0], size)), run.device)
                 if engine.startswith("compiled"):
                     calibration_step = capture.compile_step(calibration_step, rows)
                 calibration_step = capture.capture(calibration_step, network, rows)
