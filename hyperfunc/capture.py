@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperfunc import tree, winograd
+from hyperfunc import graph_passes, tree, winograd
 from hyperfunc.compiled_norms import CompiledNorms
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
@@ -27,6 +27,13 @@ Rebuild = Callable[[Sequence[Tensor]], Any]
 WARM_UP_STEPS = 3
 """Steps on a side stream before the capture: compilation and the choice of algorithms must not be captured."""
 
+ROOM = 4096
+"""Places of 8 bytes on Python's stack that a compiled step takes.
+
+Python has that stack in pieces of 16 KiB, and gives one back as soon as nothing is left in it: a call that needs the
+next piece asks the system for memory, each time. The compiler's function, whose thousand variables fill half a piece,
+may end where all its calls do that. A step that needs more than a piece gets one of 64 KiB, which has room for them."""
+
 
 def compile_step(step: Evaluation, batch: Any, *, channels_last: bool = True) -> Evaluation:
     """Compiles a step, or an evaluation, for batches shaped like `batch`; others, such as the last of an epoch, run
@@ -34,8 +41,8 @@ def compile_step(step: Evaluation, batch: Any, *, channels_last: bool = True) ->
 
     One graph without a break: whatever cannot be traced is an error at the first call, not a slow step. Compilation
     happens at that first call and takes from ten seconds to minutes; what it makes is kept on disk, where a later
-    process finds it. Batch norms take another form, and on some CPUs convolutions do; see `compiled_norms` and
-    `winograd`.
+    process finds it. Batch norms take another form, and on some CPUs convolutions do; see `compiled_norms`, `winograd`
+    and `graph_passes`.
 
     Later calls check again only the arguments and torch's own settings. Whatever else the step reads, such as a
     variable around it, is taken to be what it was at the first call.
@@ -67,8 +74,8 @@ def compile_step(step: Evaluation, batch: Any, *, channels_last: bool = True) ->
     else:
         # A sum that several passes need, such as the gradient behind a ReLU, is stored and not made again in each.
         options["realize_reads_threshold"] = 2
-        if winograd.is_worthwhile():
-            options["post_grad_custom_post_pass"] = winograd.graph_pass()
+    replaces = not _on_cuda(batch) and winograd.is_worthwhile()
+    options["post_grad_custom_post_pass"] = graph_passes.graph_pass(convolutions=replaces)
     if hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):  # and with it this option, since torch 2.8
         options["guard_filter_fn"] = _on_arguments
 
@@ -85,7 +92,7 @@ def compile_step(step: Evaluation, batch: Any, *, channels_last: bool = True) ->
     def run(state: Any, batch: Any) -> Any:
         return (compiled if _signature(tree.leaves(batch)) == expected else step)(state, batch)
 
-    return run
+    return FunctionType(run.__code__.replace(co_stacksize=ROOM), run.__globals__, closure=run.__closure__)
 
 
 def capture(step: Step, state: Any, batch: Any) -> Step:

@@ -20,6 +20,11 @@ typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
+inline Vector gather(const float* from, int64_t step) {
+  Vector found;
+  for (int64_t lane = 0; lane < LANES; ++lane) found[lane] = from[lane * step];
+  return found;
+}
 inline void store(float* to, Vector value) { *reinterpret_cast<Unaligned*>(to) = value; }
 
 struct Pictures {
@@ -185,53 +190,76 @@ void multiply(Matrix left, int64_t rows, const float* right, int64_t right_row, 
     }
 }
 
-}  // namespace
+// G g G^T of kernels g with 3x3 taps, as 16 matrices (rows, columns); `taps(tap, row, column)` are LANES numbers of a row.
+template <class Taps>
+void transform_kernel(int64_t rows, int64_t columns, Matrices to, Taps taps) {
+#pragma omp for schedule(static)
+  for (int64_t at = 0; at < rows * columns; at += LANES) {
+    Vector half[4][3];
+    for (int x = 0; x < 3; ++x) {
+      const Vector a = taps(x, at / columns, at % columns), b = taps(3 + x, at / columns, at % columns);
+      const Vector c = taps(6 + x, at / columns, at % columns);
+      half[0][x] = a, half[1][x] = 0.5f * (a + c + b), half[2][x] = 0.5f * (a + c - b), half[3][x] = c;
+    }
+    for (int y = 0; y < 4; ++y) {
+      const Vector ends = half[y][0] + half[y][2];
+      store(to.at(4 * y) + at, half[y][0]);
+      store(to.at(4 * y + 1) + at, 0.5f * (ends + half[y][1]));
+      store(to.at(4 * y + 2) + at, 0.5f * (ends - half[y][1]));
+      store(to.at(4 * y + 3) + at, half[y][2]);
+    }
+  }
+}
 
-// result (n, h, w, outputs) = the convolution of pictures (n, h, w, inputs) by kernel (3, 3, inputs, outputs), + bias.
-extern "C" void convolve(const float* pictures, const float* kernel, const float* bias, float* result, int64_t count,
-                         int64_t height, int64_t width, int64_t inputs, int64_t outputs, int64_t block,
-                         int64_t threads) {
-  const Pictures size = {count, height, width};
-  const int64_t area = inputs * outputs, apart = area + APART;
-  const std::unique_ptr<float[]> weights(new float[16 * apart]);
+// result (n, h, w, outputs) = the convolution of pictures (n, h, w, inputs), + bias; of the kernel, `taps` are rows of
+// outputs.
+template <class Taps>
+void convolve_by(Taps taps, const float* pictures, const float* bias, float* result, const Pictures& size,
+                 int64_t inputs, int64_t outputs, int64_t block, int64_t threads) {
+  const int64_t apart = inputs * outputs + APART;
+  const std::unique_ptr<float[]> buffer(new float[16 * apart]);
+  const Matrices weights = {buffer.get(), apart};
 #pragma omp parallel num_threads(threads)
   {
-    // G g G^T
-#pragma omp for schedule(static)
-    for (int64_t at = 0; at < area; at += LANES) {
-      Vector rows[4][3];
-      for (int column = 0; column < 3; ++column) {
-        const Vector a = load(kernel + column * area + at), b = load(kernel + (3 + column) * area + at);
-        const Vector c = load(kernel + (6 + column) * area + at);
-        rows[0][column] = a, rows[1][column] = 0.5f * (a + c + b);
-        rows[2][column] = 0.5f * (a + c - b), rows[3][column] = c;
-      }
-      for (int row = 0; row < 4; ++row) {
-        float* to = weights.get() + 4 * row * apart + at;
-        const Vector ends = rows[row][0] + rows[row][2];
-        store(to, rows[row][0]);
-        store(to + apart, 0.5f * (ends + rows[row][1]));
-        store(to + 2 * apart, 0.5f * (ends - rows[row][1]));
-        store(to + 3 * apart, rows[row][2]);
-      }
-    }
+    transform_kernel(inputs, outputs, weights, taps);
     for_blocks(size, inputs, outputs, block, [&](int64_t first, int64_t tiles, Matrices in, Matrices out) {
       for_runs(size, first, tiles, [&](int64_t tile, int64_t picture, int64_t y, int64_t x, int64_t length) {
-        const Rows rows = {pictures + picture * height * width * inputs, height, width, inputs};
+        const Rows rows = {pictures + picture * size.height * size.width * inputs, size.height, size.width, inputs};
         transform_input(rows, y, x, length, in.begin + tile * inputs, in.apart);
       });
       for (int64_t p = 0; p < 16; ++p)
-        multiply<false>({in.at(p), inputs, 1}, tiles, weights.get() + p * apart, outputs, outputs, inputs, out.at(p),
-                        outputs);
+        multiply<false>({in.at(p), inputs, 1}, tiles, weights.at(p), outputs, outputs, inputs, out.at(p), outputs);
       for_runs(size, first, tiles, [&](int64_t tile, int64_t picture, int64_t y, int64_t x, int64_t length) {
         transform_output(out.begin + tile * outputs, out.apart, outputs, bias,
-                         result + picture * height * width * outputs, height, width, y, x, length);
+                         result + picture * size.height * size.width * outputs, size.height, size.width, y, x, length);
       });
     });
   }
 }
 
-// result (3, 3, inputs, outputs) = the gradient of the kernel, from pictures (n, h, w, inputs) and the gradient
+}  // namespace
+
+// result (n, h, w, outputs) = the convolution of pictures (n, h, w, inputs) by kernel (outputs, 3, 3, inputs), + bias.
+extern "C" void convolve(const float* pictures, const float* kernel, const float* bias, float* result, int64_t count,
+                         int64_t height, int64_t width, int64_t inputs, int64_t outputs, int64_t block,
+                         int64_t threads) {
+  const auto taps = [=](int64_t tap, int64_t input, int64_t output) {
+    return gather(kernel + (output * 9 + tap) * inputs + input, 9 * inputs);
+  };
+  convolve_by(taps, pictures, bias, result, {count, height, width}, inputs, outputs, block, threads);
+}
+
+// result (n, h, w, inputs) = the gradient of the pictures, from the gradient (n, h, w, outputs) of what the kernel
+// (outputs, 3, 3, inputs) made of them: each output goes back through the same taps from the other end.
+extern "C" void input_gradient(const float* gradient, const float* kernel, float* result, int64_t count, int64_t height,
+                               int64_t width, int64_t inputs, int64_t outputs, int64_t block, int64_t threads) {
+  const auto taps = [=](int64_t tap, int64_t output, int64_t input) {
+    return load(kernel + (output * 9 + 8 - tap) * inputs + input);
+  };
+  convolve_by(taps, gradient, nullptr, result, {count, height, width}, outputs, inputs, block, threads);
+}
+
+// result (outputs, 3, 3, inputs) = the gradient of the kernel, from pictures (n, h, w, inputs) and the gradient
 // (n, h, w, outputs) of what was made of them.
 extern "C" void kernel_gradient(const float* pictures, const float* gradient, float* result, int64_t count,
                                 int64_t height, int64_t width, int64_t inputs, int64_t outputs, int64_t block,
@@ -251,7 +279,7 @@ extern "C" void kernel_gradient(const float* pictures, const float* gradient, fl
         transform_gradient(gradients, y, x, length, out.begin + tile * outputs, out.apart);
       });
       for (int64_t p = 0; p < 16; ++p)
-        multiply<true>({in.at(p), 1, inputs}, inputs, out.at(p), outputs, outputs, tiles, sums + p * area, outputs);
+        multiply<true>({out.at(p), 1, outputs}, outputs, in.at(p), inputs, inputs, tiles, sums + p * area, inputs);
     });
     // G^T s G of the sums over all threads
 #pragma omp for schedule(static)
@@ -266,11 +294,11 @@ extern "C" void kernel_gradient(const float* pictures, const float* gradient, fl
         rows[2][column] = 0.5f * (s[1] + s[2]) + s[3];
       }
       for (int row = 0; row < 3; ++row) {
-        float* to = result + 3 * row * area + at;
+        float* to = result + (at / inputs * 9 + 3 * row) * inputs + at % inputs;
         const Vector middle = 0.5f * (rows[row][1] + rows[row][2]);
         store(to, rows[row][0] + middle);
-        store(to + area, 0.5f * (rows[row][1] - rows[row][2]));
-        store(to + 2 * area, middle + rows[row][3]);
+        store(to + inputs, 0.5f * (rows[row][1] - rows[row][2]));
+        store(to + 2 * inputs, middle + rows[row][3]);
       }
     }
   }

@@ -4,7 +4,10 @@ On a CPU with AVX2 and without AVX-512 torch computes a convolution as it is wri
 are made of 4x4 of the input by 16 multiplications per pair of channels, and not 36 (Lavin and Gray 2015, arXiv
 1509.09308, section 4.1), at the cost of sums before and after. The gradient with respect to the input is a convolution
 itself, and that with respect to the kernel is the adjoint of the same formula. `winograd.cpp` computes them; here are
-the two operators by which torch knows them, and the pass that puts these into a graph of torch.compile.
+the operators by which torch knows them, and the pass that puts these into a graph of torch.compile.
+
+They take pictures and kernels as they lie in channels_last order. So nothing is copied to call them; a copy would be
+compiled for each layer anew, because where its kernel begins in the tensor of all kernels would stand in the code.
 """
 
 import ctypes
@@ -17,6 +20,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = __file__, str(SOURCE)
 
 CHANNELS = 16
 """The operators take multiples of it."""
@@ -35,43 +39,28 @@ def is_worthwhile() -> bool:
 
 @functools.cache
 def operators() -> Any:
-    """`torch.ops.hyperfunc`, whose `convolve` and `kernel_gradient` are registered at the first call.
+    """`torch.ops.hyperfunc`, whose `convolve`, `input_gradient` and `kernel_gradient` are registered at the first call.
 
-    Both take contiguous float32 tensors on the CPU, whose numbers of channels are multiples of 16. A convolution is of
+    They take contiguous float32 tensors on the CPU, whose numbers of channels are multiples of 16. A convolution is of
     stride 1 and padded by 1.
 
-    - `convolve(pictures, kernel, bias)`: pictures (n, h, w, in), kernel (3, 3, in, out), bias (out) or None; gives
+    - `convolve(pictures, kernel, bias)`: pictures (n, h, w, in), kernel (out, 3, 3, in), bias (out) or None; gives
       (n, h, w, out).
-    - `kernel_gradient(pictures, gradient)`: pictures (n, h, w, in), and the gradient (n, h, w, out) of what `convolve`
-      made of them; gives (3, 3, in, out).
+    - `input_gradient(gradient, kernel)`: the gradient (n, h, w, out) of what `convolve` made by the kernel; gives that
+      of the pictures.
+    - `kernel_gradient(pictures, gradient)`: gives that of the kernel.
 
     The first use of one compiles `winograd.cpp`, which takes seconds, unless torch's cache on disk has it.
     """
     for name, signature, function, like in (
-        ("convolve", "(Tensor pictures, Tensor kernel, Tensor? bias) -> Tensor", _convolve, _empty_pictures),
+        ("convolve", "(Tensor pictures, Tensor kernel, Tensor? bias) -> Tensor", _convolve, _empty_outputs),
+        ("input_gradient", "(Tensor gradient, Tensor kernel) -> Tensor", _input_gradient, _empty_inputs),
         ("kernel_gradient", "(Tensor pictures, Tensor gradient) -> Tensor", _kernel_gradient, _empty_kernel),
     ):
         torch.library.define(f"hyperfunc::{name}", signature, tags=(torch.Tag.needs_fixed_stride_order,))
         torch.library.impl(f"hyperfunc::{name}", "cpu", function)
         torch.library.register_fake(f"hyperfunc::{name}", like)
     return torch.ops.hyperfunc
-
-
-@functools.cache
-def graph_pass() -> Any:
-    """What Inductor takes as `post_grad_custom_post_pass`: it has `replace_convolutions` work on each graph."""
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files  # takes seconds
-
-    operators()  # a graph from torch's cache on disk calls them without another pass
-
-    class Pass(CustomGraphPass):
-        def __call__(self, graph: Graph) -> None:
-            replace_convolutions(graph)
-
-        def uuid(self) -> bytes:
-            return get_hash_for_files((__file__, str(SOURCE)))
-
-    return Pass()
 
 
 def replace_convolutions(graph: Graph) -> None:
@@ -82,7 +71,8 @@ def replace_convolutions(graph: Graph) -> None:
             pictures, kernel, bias, *rest = node.args
             if _is_ours(pictures, kernel, rest):
                 with graph.inserting_before(node):
-                    node.replace_all_uses_with(_convolution(graph, pictures, kernel, bias))
+                    inputs = _channels_last(graph, pictures), _channels_last(graph, kernel), bias
+                    node.replace_all_uses_with(_channels_first(graph, operators().convolve.default, *inputs))
                 graph.erase_node(node)
         elif node.target is aten.convolution_backward.default:
             _, pictures, kernel, _, *rest, _ = node.args
@@ -91,25 +81,22 @@ def replace_convolutions(graph: Graph) -> None:
 
 
 def _replace_backward(graph: Graph, node: Node) -> None:
-    aten = torch.ops.aten
     arguments: Any = node.args
     gradient, pictures, kernel, *_ = arguments
-    for use in list(node.users):
-        with graph.inserting_before(use):
+    with graph.inserting_before(node):
+        gradients = _channels_last(graph, gradient)
+        for use in list(node.users):
             match use.args[1]:
                 case 0:
-                    # Each output goes back to the inputs that it was made of, through the same taps from the other end.
-                    turned = _call(graph, torch.ops.prims.rev.default, kernel, [2, 3])
-                    turned = _call(graph, aten.permute.default, turned, [1, 0, 2, 3])
-                    new = _convolution(graph, gradient, turned, None)
+                    inputs = gradients, _channels_last(graph, kernel)
+                    new = _channels_first(graph, operators().input_gradient.default, *inputs)
                 case 1:
-                    tiles = (_contiguous(graph, part, [0, 2, 3, 1]) for part in (pictures, gradient))
-                    found = _call(graph, operators().kernel_gradient.default, *tiles)
-                    new = _call(graph, aten.permute.default, found, [3, 2, 0, 1])
+                    inputs = _channels_last(graph, pictures), gradients
+                    new = _channels_first(graph, operators().kernel_gradient.default, *inputs)
                 case _:
-                    new = _call(graph, aten.sum.dim_IntList, gradient, [0, 2, 3])
-        use.replace_all_uses_with(new)
-        graph.erase_node(use)
+                    new = _call(graph, torch.ops.aten.sum.dim_IntList, gradient, [0, 2, 3])
+            use.replace_all_uses_with(new)
+            graph.erase_node(use)
     graph.erase_node(node)
 
 
@@ -127,19 +114,18 @@ def _is_ours(pictures: Node, kernel: Node, rest: list[Any]) -> bool:
     )
 
 
-def _convolution(graph: Graph, pictures: Node, kernel: Node, bias: Node | None) -> Node:
-    """Of pictures (n, in, h, w) and a kernel (out, in, 3, 3), as torch has them."""
-    arguments = _contiguous(graph, pictures, [0, 2, 3, 1]), _contiguous(graph, kernel, [2, 3, 1, 0]), bias
-    result = _call(graph, operators().convolve.default, *arguments)
-    return _call(graph, torch.ops.aten.permute.default, result, [0, 3, 1, 2])
-
-
-def _contiguous(graph: Graph, node: Node, order: list[int]) -> Node:
-    """The dimensions in another order, and the numbers in memory along with them."""
-    permuted = _call(graph, torch.ops.aten.permute.default, node, order)
+def _channels_last(graph: Graph, node: Node) -> Node:
+    """A contiguous tensor of these (n, h, w, c), for pictures or a kernel (n, c, h, w); in channels_last order it is a
+    view."""
+    permuted = _call(graph, torch.ops.aten.permute.default, node, [0, 2, 3, 1])
     if permuted.meta["val"].is_contiguous():
         return permuted
     return _call(graph, torch.ops.aten.clone.default, permuted, memory_format=torch.contiguous_format)
+
+
+def _channels_first(graph: Graph, target: Any, *args: Node | None) -> Node:
+    """The result of one of `operators` as torch has it, (n, c, h, w)."""
+    return _call(graph, torch.ops.aten.permute.default, _call(graph, target, *args), [0, 3, 1, 2])
 
 
 def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -150,8 +136,14 @@ def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
 
 
 def _convolve(pictures: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    result = _empty_pictures(pictures, kernel, bias)
-    _run("convolve", (pictures, kernel, bias, result), (*pictures.shape, kernel.shape[3]))
+    result = _empty_outputs(pictures, kernel, bias)
+    _run("convolve", (pictures, kernel, bias, result), (*pictures.shape, len(kernel)))
+    return result
+
+
+def _input_gradient(gradient: Tensor, kernel: Tensor) -> Tensor:
+    result = _empty_inputs(gradient, kernel)
+    _run("input_gradient", (gradient, kernel, result), (*result.shape, len(kernel)))
     return result
 
 
@@ -161,12 +153,16 @@ def _kernel_gradient(pictures: Tensor, gradient: Tensor) -> Tensor:
     return result
 
 
-def _empty_pictures(pictures: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    return pictures.new_empty(*pictures.shape[:3], kernel.shape[3])
+def _empty_outputs(pictures: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    return pictures.new_empty(*pictures.shape[:3], len(kernel))
+
+
+def _empty_inputs(gradient: Tensor, kernel: Tensor) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:3], kernel.shape[3])
 
 
 def _empty_kernel(pictures: Tensor, gradient: Tensor) -> Tensor:
-    return pictures.new_empty(3, 3, pictures.shape[3], gradient.shape[3])
+    return pictures.new_empty(gradient.shape[3], 3, 3, pictures.shape[3])
 
 
 def _run(name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:

@@ -14,18 +14,19 @@ pytestmark = [
 ]
 
 
-def layers(count: int) -> nn.Module:
+def layers(count: int, channels: int) -> nn.Module:
     """Convolutions of one shape, each in front of a rectifier, with one at either end that is not generated."""
-    inner = [layer for _ in range(count) for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())]
-    return nn.Sequential(nn.Conv2d(3, 16, 3), *inner, nn.Flatten(), nn.Linear(16 * 36, 10))
+    inner = [layer for _ in range(count) for layer in (nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU())]
+    return nn.Sequential(nn.Conv2d(3, channels, 3), *inner, nn.Flatten(), nn.Linear(channels * 36, 10))
 
 
-def test_kernels_of_a_gpu_are_counted_without_one(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("channels", [16, 32])
+def test_kernels_of_a_gpu_are_counted_without_one(channels: int, generator: torch.Generator) -> None:
     from benchmarks.kernels import kernels  # which can be imported under that torch alone
 
     found = []
     for count in (9, 10):
-        model = hf.hyperize(layers(count), z_dim=4)
+        model = hf.hyperize(layers(count, channels), z_dim=4)
         optimizer = optim.sgd(0.1)
         state = training.init_state(model, optimizer, generator)
         batch = torch.randn(4, 3, 8, 8, generator=generator), torch.arange(4)
