@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import hyperfunc as hf
-from hyperfunc import optim, training
+from hyperfunc import optim, precision, training
 
 pytestmark = [
     pytest.mark.traced,
@@ -20,8 +20,10 @@ def layers(count: int, channels: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, channels, 3), *inner, nn.Flatten(), nn.Linear(channels * 36, 10))
 
 
-@pytest.mark.parametrize("channels", [16, 32])
-def test_kernels_of_a_gpu_are_counted_without_one(channels: int, generator: torch.Generator) -> None:
+@pytest.mark.parametrize(("channels", "number_format"), [(16, "fp32"), (64, "bf16")])
+def test_kernels_of_a_gpu_are_counted_without_one(
+    channels: int, number_format: precision.Precision, generator: torch.Generator
+) -> None:
     from benchmarks.kernels import kernels  # which can be imported under that torch alone
 
     found = []
@@ -30,7 +32,8 @@ def test_kernels_of_a_gpu_are_counted_without_one(channels: int, generator: torc
         optimizer = optim.sgd(0.1)
         state = training.init_state(model, optimizer, generator)
         batch = torch.randn(4, 3, 8, 8, generator=generator), torch.arange(4)
-        found.append(kernels(training.make_train_step(model, optimizer), state, batch))
+        step = training.make_train_step(model, optimizer, precision=number_format)
+        found.append(kernels(step, state, batch))
     fewer, more = found
     assert (fewer["convolutions"], fewer["convolutions, backward"]) == (10, 10)
     # A layer more: a convolution each way, its bias with its rectifier, and the way back; to generate it costs none.
