@@ -1,7 +1,9 @@
 """A whole training step, augmentation and Adam included, by engine, width and batch size."""
 
+import functools
 import math
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import hyperfunc as hf
-from benchmarks.cases import ENGINES, Engine, make_step, skip_reason
+from benchmarks.cases import ENGINES, Engine, Race, make_step, skip_reason
 from benchmarks.conftest import device_name
 from benchmarks.measure import (
     Ceilings,
@@ -49,18 +51,33 @@ GATES: dict[str, dict[tuple[Engine, int, int], Gate]] = {
 """By a part of the device's name, by (engine, width, batch size)."""
 
 
+Rival = Callable[[int, int], Race]
+
+
+@pytest.fixture(scope="module")
+def rival(device: torch.device) -> Rival:
+    """The looped baseline of a width and a batch size, made once for all that is compared with it."""
+    return functools.cache(lambda width, batch_size: make_step("looped", 40, width, batch_size, device))
+
+
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize(("width", "batch_size"), SIZES)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_step(
-    benchmark: BenchmarkFixture, device: torch.device, ceilings: Ceilings, engine: Engine, width: int, batch_size: int
+    benchmark: BenchmarkFixture,
+    device: torch.device,
+    ceilings: Ceilings,
+    rival: Rival,
+    engine: Engine,
+    width: int,
+    batch_size: int,
 ) -> None:
     if reason := skip_reason(engine, width, device):
         pytest.skip(reason)
     torch._dynamo.reset()
     benchmark.group = f"training step of 40-{width}, batch {batch_size}"
     started = time.perf_counter()
-    race = make_step(engine, 40, width, batch_size, device)
+    race = rival(width, batch_size) if engine == "looped" else make_step(engine, 40, width, batch_size, device)
     race.call()
     if ON_GPU:
         torch.cuda.synchronize()
@@ -94,7 +111,7 @@ def test_step(
     if engine == "looped":
         return
 
-    looped = make_step("looped", 40, width, batch_size, device)
+    looped = rival(width, batch_size)
     case = (engine, width, batch_size)
     bounds = [gates[case] for named, gates in GATES.items() if named in device_name() and case in gates]
 
