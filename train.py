@@ -77,8 +77,9 @@ from hyperfunc.run import (
 REPLAYED_STEPS = 10
 """Steps in one CUDA graph where --steps-per-replay is 0: what the host does for a replay is then a tenth a step."""
 
-COMPILE_FROM_STEPS = 5000
-"""Length of a run from which compiling on the CPU, which takes about a minute, is sure to pay."""
+COMPILE_FROM_STEPS, COMPILE_FROM_PICTURES = 5_000, 150_000
+"""Lengths of a run from either of which compiling on the CPU, which takes one to two minutes, is sure to pay: it saves
+a part of each step and a part for each picture."""
 
 SECOND_BEST = {"compiled-graph": "graph", "graph": "eager", "compiled": "eager"}
 """What --engine auto takes where an engine does not work."""
@@ -370,8 +371,10 @@ def choose_engine(run: Run, printer: Printer) -> str:
     if engine == "auto" and on_gpu:
         engine = "compiled-graph"
     elif engine == "auto":
-        steps = config.epochs * math.ceil(len(run.dataset.train.labels) / config.batch_size)
-        engine = "compiled" if steps >= COMPILE_FROM_STEPS else "eager"
+        count = len(run.dataset.train.labels)
+        steps, pictures = config.epochs * math.ceil(count / config.batch_size), config.epochs * count
+        is_long = steps >= COMPILE_FROM_STEPS or pictures >= COMPILE_FROM_PICTURES
+        engine = "compiled" if is_long else "eager"
     if before not in ("", engine):
         printer.warn(f"the engine is {engine} and was {before} so far: the end may differ by rounding from what it was")
     return engine

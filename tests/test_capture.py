@@ -10,7 +10,7 @@ import pytest
 import recorded
 import torch
 from helpers import assert_trees_equal, unchecked
-from torch import Tensor
+from torch import Tensor, nn
 
 import hyperfunc as hf
 from hyperfunc import capture, data, optim, training, tree
@@ -33,12 +33,25 @@ class Problem(NamedTuple):
     batches: list[data.Draw]
 
 
-def problem(device: str, dtype: torch.dtype = torch.float64, precision: Precision = "fp32") -> Problem:
+def small() -> hf.Model:
+    """A network that takes less long to compile than a residual one."""
+    first, second = ((nn.Conv2d(count, 16, 3), nn.BatchNorm2d(16), nn.ReLU()) for count in (3, 16))
+    return hf.hyperize(
+        nn.Sequential(*first, *second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)), targets="3.weight"
+    )
+
+
+def problem(
+    device: str,
+    dtype: torch.dtype = torch.float64,
+    precision: Precision = "fp32",
+    model: hf.Model | None = None,
+) -> Problem:
     """The whole step, augmentation and optimizer included, and the batches of an epoch, the last a short one."""
     pixels = torch.randint(256, (20, 32, 32, 3), dtype=torch.uint8, generator=data.seeded_generator("pixels"))
     images = data.Images(pixels, torch.arange(20) % 10)
     normalization = tree.to(data.measure(images), device, dtype)
-    model = hf.hyper_resnet(10)
+    model = model or hf.hyper_resnet(10)
     # Where a gradient is next to zero, a small eps would blow its rounding up to a whole step.
     optimizer = optim.adam(optim.cosine(0.002, 100, warmup=10), weight_decay=5e-4, eps=1e-3)
     state = training.init_state(model, optimizer, data.seeded_generator("init"))
@@ -52,35 +65,37 @@ def problem(device: str, dtype: torch.dtype = torch.float64, precision: Precisio
     )
 
 
-def evaluation(p: Problem, device: str) -> tuple[EvalStep, Any, tuple[Tensor, Tensor]]:
-    """An evaluation step of the problem's network, that network, and a batch."""
-    model = hf.hyper_resnet(10)
+def evaluation(device: str) -> tuple[EvalStep, Any, tuple[Tensor, Tensor]]:
+    """An evaluation step, its network, and a batch."""
+    model = small()
     generator = data.seeded_generator("evaluation")
     images = torch.randn(6, 3, 32, 32, generator=generator, dtype=torch.float64).to(device)
-    network = model.weights(p.state.params), p.state.batch_stats
+    params, batch_stats = tree.to(model.init(generator), device, torch.float64)
+    network = model.weights(params), batch_stats
     return training.make_eval_step(model), network, (images, torch.arange(6, device=device))
 
 
 class Calibration(NamedTuple):
     model: hf.Model
     step: training.CalibrationStep
-    state: TrainState
+    params: hf.Params
+    batch_stats: hf.BatchStats
     batches: list[tuple[Tensor, Tensor]]
 
 
 def calibration(device: str) -> Calibration:
-    model, state = hf.hyper_resnet(10), problem(device).state
-    images = torch.randn(3, 6, 3, 16, 16, generator=data.seeded_generator("calibration"), dtype=torch.float64)
+    model, generator = small(), data.seeded_generator("calibration")
+    params, batch_stats = tree.to(model.init(generator), device, torch.float64)
+    images = torch.randn(3, 6, 3, 16, 16, generator=generator, dtype=torch.float64)
     batches = [(part.to(device), torch.arange(6, device=device)) for part in images]
-    return Calibration(model, training.make_calibration_step(model), state, batches)
+    return Calibration(model, training.make_calibration_step(model), params, batch_stats, batches)
 
 
 def assert_same_calibration(ours: training.CalibrationStep, c: Calibration) -> None:
-    """Each time from the state's own statistics on."""
+    """Each time from its own statistics on."""
     for batches in (c.batches, c.batches[1:]):
         found, expected = (
-            training.calibrate(c.model, c.state.params, c.state.batch_stats, batches, step=step)
-            for step in (ours, c.step)
+            training.calibrate(c.model, c.params, c.batch_stats, batches, step=step) for step in (ours, c.step)
         )
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
@@ -109,16 +124,14 @@ def test_without_cuda_capture_gives_the_step_itself() -> None:
 
 
 def test_without_cuda_a_captured_evaluation_is_the_evaluation_itself() -> None:
-    p = problem("cpu")
-    function, network, batch = evaluation(p, "cpu")
+    function, network, batch = evaluation("cpu")
     assert capture.capture_evaluation(function, network, batch) is function
 
 
 @pytest.mark.traced
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_evaluation_equals_the_eager_one() -> None:
-    p = problem("cpu")
-    function, network, batch = evaluation(p, "cpu")
+    function, network, batch = evaluation("cpu")
     compiled = capture.compile_step(function, batch)
     expected, found = function(network, batch), compiled(network, batch)
     torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-9, atol=1e-9)
@@ -133,7 +146,7 @@ def test_a_compiled_calibration_equals_the_eager_one() -> None:
 
 def test_a_captured_calibration_equals_the_eager_one(device: str) -> None:
     c = calibration(device)
-    network = c.model.weights(c.state.params), c.state.batch_stats
+    network = c.model.weights(c.params), c.batch_stats
     before = tree.named_leaves(tree.clone(network))
     assert_same_calibration(capture.capture(c.step, network, c.batches[0]), c)
     assert_trees_equal(tree.named_leaves(network), before)
@@ -144,7 +157,7 @@ def test_a_captured_calibration_equals_the_eager_one(device: str) -> None:
 def test_compiled_equals_eager_in_low_precision() -> None:
     """Both round to 8 bits, but not in the same places: what is fused rounds once. They differ no more from each other
     than each does from float32, for which test_precision has the bound."""
-    p = problem("cpu", torch.float32, precision="bf16")
+    p = problem("cpu", torch.float32, precision="bf16", model=small())
     compiled = capture.compile_step(p.step, p.batches[0])
     new, metrics = compiled(p.state, p.batches[0])
     expected, expected_metrics = p.step(p.state, p.batches[0])
@@ -254,8 +267,7 @@ def test_several_captured_steps_equal_eager_ones(device: str) -> None:
 
 
 def test_a_captured_evaluation_equals_the_eager_one(device: str) -> None:
-    p = problem(device)
-    function, network, (images, labels) = evaluation(p, device)
+    function, network, (images, labels) = evaluation(device)
     before = tree.named_leaves(tree.clone(network))
     captured = capture.capture_evaluation(function, network, (images, labels))
     kept = captured(network, (images, labels))

@@ -454,18 +454,19 @@ from hyperfunc import distributed
 meet = distributed.meet
 
 def stopped(*given):
+    global met
     own = meet(*given)
+    met = time.monotonic()  # the other may be long in coming
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGSTOP)
     return own
 
 distributed.meet = stopped
-begin = time.monotonic()
 try:
     with distributed.joined(torch.device("cpu"), 5, lambda: None, print):
         pass
 except distributed.Told as told:
-    print(f"{time.monotonic() - begin:.1f}")
+    print(f"{time.monotonic() - met:.1f}")
 """
 
 

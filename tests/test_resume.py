@@ -207,7 +207,7 @@ def test_a_run_keeps_its_engine(
     flags = small(folder, "--checkpoint-path", "run.pth")
     assert "engine       eager, fp32" in run_here(*flags, "--epochs", "1").stdout
     # A run of that length would be compiled from its start.
-    monkeypatch.setattr(train, "COMPILE_FROM_STEPS", 4)
+    monkeypatch.setattr(train, "COMPILE_FROM_PICTURES", 1)
     done = run_here(*flags, "--epochs", "2", "--resume")
     assert "engine       eager, fp32" in done.stdout
     forged(tmp_path / "run.pth", lambda notes: notes["progress"].update(engine="compiled"))
