@@ -372,7 +372,8 @@ def choose_engine(run: Run, printer: Printer) -> str:
         engine = "compiled-graph"
     elif engine == "auto":
         count = len(run.dataset.train.labels)
-        steps, pictures = config.epochs * math.ceil(count / config.batch_size), config.epochs * count
+        # Every rank compiles, and has its part of the pictures.
+        steps, pictures = config.epochs * math.ceil(count / config.batch_size), config.epochs * count / run.ranks.world
         is_long = steps >= COMPILE_FROM_STEPS or pictures >= COMPILE_FROM_PICTURES
         engine = "compiled" if is_long else "eager"
     if before not in ("", engine):

@@ -30,9 +30,10 @@ WARM_UP_STEPS = 3
 ROOM = 4096
 """Places of 8 bytes on Python's stack that a compiled step takes.
 
-Python has that stack in pieces of 16 KiB, and gives one back as soon as nothing is left in it: a call that needs the
-next piece asks the system for memory, each time. The compiler's function, whose thousand variables fill half a piece,
-may end where all its calls do that. A step that needs more than a piece gets one of 64 KiB, which has room for them."""
+Since 3.11 Python has that stack in pieces of 16 KiB, and gives one back as soon as nothing is left in it: a call that
+needs the next piece asks the system for memory, each time. The compiler's function, whose thousand variables fill half
+a piece, may end where all its calls do that. A step that needs more than a piece gets one of 64 KiB, with room for
+them."""
 
 
 def compile_step(step: Evaluation, batch: Any, *, channels_last: bool = True) -> Evaluation:
@@ -55,6 +56,7 @@ def compile_step(step: Evaluation, batch: Any, *, channels_last: bool = True) ->
     """
     # Inductor itself gives up channels_last wherever all convolutions have 64 channels or fewer.
     options: dict[str, Any] = {"force_layout_optimization": channels_last}
+    convolutions = False
     if _on_cuda(batch):
         options |= torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
         # It compiles and times variants of each kernel, one after the other. A step has hundreds, which takes minutes.
@@ -74,8 +76,8 @@ def compile_step(step: Evaluation, batch: Any, *, channels_last: bool = True) ->
     else:
         # A sum that several passes need, such as the gradient behind a ReLU, is stored and not made again in each.
         options["realize_reads_threshold"] = 2
-    replaces = not _on_cuda(batch) and winograd.is_worthwhile()
-    options["post_grad_custom_post_pass"] = graph_passes.graph_pass(convolutions=replaces)
+        convolutions = winograd.is_worthwhile()
+    options["post_grad_custom_post_pass"] = graph_passes.graph_pass(convolutions=convolutions)
     if hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):  # and with it this option, since torch 2.8
         options["guard_filter_fn"] = _on_arguments
 

@@ -7,7 +7,9 @@ from torch.fx import Graph, Node
 
 from hyperfunc import winograd
 
-_VIEWS = torch.ops.aten.reshape.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default
+_aten = torch.ops.aten
+_RESHAPES = _aten.reshape.default, _aten.view.default, _aten._unsafe_view.default
+_VIEWS = *_RESHAPES, _aten.permute.default, _aten.transpose.int, _aten.slice.Tensor
 
 
 def graph_pass(*, convolutions: bool) -> Any:
@@ -36,21 +38,20 @@ def store_what_is_parted(graph: Graph) -> None:
     Inductor would make it again for each of the parts, by a kernel for each, in the code of which stands where the part
     begins: so that there are as many to compile. It stores what `as_strided` reads.
     """
-    aten = torch.ops.aten
-    for parting in [node for node in graph.nodes if node.target is aten.unbind.int]:
+    for parting in [node for node in graph.nodes if node.target is _aten.unbind.int]:
         copy = parting.args[0]
         while copy.target in _VIEWS:
             copy = copy.args[0]
-        if copy.target is aten.clone.default and _is_another_order(copy):
+        if copy.target is _aten.clone.default and _is_no_view(copy):
             value = copy.meta["val"]
             with graph.inserting_after(copy):
-                stored = graph.call_function(aten.as_strided.default, (copy, value.shape, value.stride()))
+                stored = graph.call_function(_aten.as_strided.default, (copy, value.shape, value.stride()))
             stored.meta["val"] = value
             copy.replace_all_uses_with(stored, delete_user_cb=lambda user, stored=stored: user is not stored)
 
 
-def _is_another_order(copy: Node) -> bool:
-    """Whether it changes the order in memory, to the plain one; Inductor itself drops a copy that changes nothing."""
+def _is_no_view(copy: Node) -> bool:
+    """Whether it is made in plain order of what lies otherwise; Inductor itself drops a copy that changes nothing."""
     source: Any = copy.args[0]
     value = copy.meta["val"]
     return value.is_contiguous() and not source.meta["val"].is_contiguous()

@@ -6,8 +6,8 @@ are made of 4x4 of the input by 16 multiplications per pair of channels, and not
 itself, and that with respect to the kernel is the adjoint of the same formula. `winograd.cpp` computes them; here are
 the operators by which torch knows them, and the pass that puts these into a graph of torch.compile.
 
-They take pictures and kernels as they lie in channels_last order. So nothing is copied to call them; a copy would be
-compiled for each layer anew, because where its kernel begins in the tensor of all kernels would stand in the code.
+They take pictures and kernels as they lie in channels_last order, in which nothing is copied to call them: a copy would
+be compiled for each layer anew, because where its kernel begins in the tensor of all kernels would stand in the code.
 """
 
 import ctypes
@@ -136,18 +136,23 @@ def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
 
 
 def _convolve(pictures: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    _check_shape("kernel", kernel, (len(kernel), 3, 3, pictures.shape[3]))
+    if bias is not None:
+        _check_shape("bias", bias, (len(kernel),))
     result = _empty_outputs(pictures, kernel, bias)
     _run("convolve", (pictures, kernel, bias, result), (*pictures.shape, len(kernel)))
     return result
 
 
 def _input_gradient(gradient: Tensor, kernel: Tensor) -> Tensor:
+    _check_shape("kernel", kernel, (gradient.shape[3], 3, 3, kernel.shape[3]))
     result = _empty_inputs(gradient, kernel)
     _run("input_gradient", (gradient, kernel, result), (*result.shape, len(kernel)))
     return result
 
 
 def _kernel_gradient(pictures: Tensor, gradient: Tensor) -> Tensor:
+    _check_shape("gradient", gradient, (*pictures.shape[:3], gradient.shape[3]))
     result = _empty_kernel(pictures, gradient)
     _run("kernel_gradient", (pictures, gradient, result), (*pictures.shape, gradient.shape[3]))
     return result
@@ -163,6 +168,11 @@ def _empty_inputs(gradient: Tensor, kernel: Tensor) -> Tensor:
 
 def _empty_kernel(pictures: Tensor, gradient: Tensor) -> Tensor:
     return pictures.new_empty(gradient.shape[3], 3, 3, pictures.shape[3])
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise ValueError(f"{name}: got the shape {tuple(tensor.shape)}, expected {expected} beside the other arguments")
 
 
 def _run(name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:

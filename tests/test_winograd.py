@@ -96,6 +96,20 @@ def test_other_layouts_and_numbers_of_channels_are_refused() -> None:
         convolve(pictures, kernel[:8], None)
 
 
+def test_shapes_that_do_not_go_together_are_refused() -> None:
+    pictures, wide, kernel = torch.ones(1, 4, 4, 16), torch.ones(1, 4, 4, 32), torch.ones(16, 3, 3, 16)
+    operators = winograd.operators()
+    message = r"kernel: got the shape \(16, 3, 3, 16\), expected \(16, 3, 3, 32\) beside the other arguments"
+    with pytest.raises(ValueError, match=message):
+        operators.convolve(wide, kernel, None)
+    with pytest.raises(ValueError, match=r"bias: got the shape \(8,\), expected \(16,\)"):
+        operators.convolve(pictures, kernel, torch.ones(8))
+    with pytest.raises(ValueError, match=r"kernel: got the shape \(16, 3, 3, 16\), expected \(32, 3, 3, 16\)"):
+        operators.input_gradient(wide, kernel)
+    with pytest.raises(ValueError, match=r"gradient: got the shape \(1, 4, 2, 16\), expected \(1, 4, 4, 16\)"):
+        operators.kernel_gradient(pictures, pictures[:, :, :2].contiguous())
+
+
 def traced(function: Callable[..., object], *args: Tensor) -> GraphModule:
     """What Inductor would get of a function, after the pass."""
     graph = make_fx(function, tracing_mode="fake")(*args)
