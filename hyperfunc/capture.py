@@ -87,14 +87,13 @@ def compile_step(step: Evaluation, batch: Any, *, channels_last: bool = True) ->
 
     # Torch keeps what it compiled with the code object, and refuses a ninth for the same. Since nothing that the step
     # consists of is compared (see `_on_arguments`), two steps must not share one.
-    alone = FunctionType(traced.__code__.replace(), traced.__globals__, closure=traced.__closure__)
-    compiled = torch.compile(alone, fullgraph=True, dynamic=False, options=options)
+    compiled = torch.compile(_with_own_code(traced), fullgraph=True, dynamic=False, options=options)
     expected = _signature(tree.leaves(batch))
 
     def run(state: Any, batch: Any) -> Any:
         return (compiled if _signature(tree.leaves(batch)) == expected else step)(state, batch)
 
-    return FunctionType(run.__code__.replace(co_stacksize=ROOM), run.__globals__, closure=run.__closure__)
+    return _with_own_code(run, co_stacksize=ROOM)
 
 
 def capture(step: Step, state: Any, batch: Any) -> Step:
@@ -244,6 +243,11 @@ class _Graphs:
             self._pool = torch.cuda.graph_pool_handle()
             raise
         self._graphs[_signature(own)] = graph, own, *tree.flatten(results)
+
+
+def _with_own_code(function: Any, **changes: Any) -> Evaluation:
+    """The function with a code object that no other has, changed in what is given."""
+    return FunctionType(function.__code__.replace(**changes), function.__globals__, closure=function.__closure__)
 
 
 def _on_arguments(guards: Any) -> list[bool]:

@@ -8,8 +8,14 @@ from torch.fx import Graph, Node
 from hyperfunc import winograd
 
 _aten = torch.ops.aten
-_RESHAPES = _aten.reshape.default, _aten.view.default, _aten._unsafe_view.default
-_VIEWS = *_RESHAPES, _aten.permute.default, _aten.transpose.int, _aten.slice.Tensor
+_VIEWS = {
+    _aten.reshape.default,
+    _aten.view.default,
+    _aten._unsafe_view.default,
+    _aten.permute.default,
+    _aten.transpose.int,
+    _aten.slice.Tensor,
+}
 
 
 def graph_pass(*, convolutions: bool) -> Any:
