@@ -66,32 +66,33 @@ def operators() -> Any:
 def replace_convolutions(graph: Graph) -> None:
     """Replaces those convolutions of a graph of ATen operators, and their gradients, that `operators` can compute."""
     aten = torch.ops.aten
+    laid_out: dict[Node, Node] = {}
     for node in list(graph.nodes):
         if node.target is aten.convolution.default:
             pictures, kernel, bias, *rest = node.args
-            if _is_ours(pictures, kernel, rest):
+            # One that is cut out of a larger tensor is rare, and left to torch.
+            if _is_ours(pictures, kernel, rest) and (bias is None or bias.meta["val"].is_contiguous()):
                 with graph.inserting_before(node):
-                    inputs = _channels_last(graph, pictures), _channels_last(graph, kernel), bias
+                    inputs = _channels_last(graph, pictures, laid_out), _channels_last(graph, kernel, laid_out), bias
                     node.replace_all_uses_with(_channels_first(graph, operators().convolve.default, *inputs))
                 graph.erase_node(node)
         elif node.target is aten.convolution_backward.default:
             _, pictures, kernel, _, *rest, _ = node.args
             if _is_ours(pictures, kernel, rest):
-                _replace_backward(graph, node)
+                _replace_backward(graph, node, laid_out)
 
 
-def _replace_backward(graph: Graph, node: Node) -> None:
+def _replace_backward(graph: Graph, node: Node, laid_out: dict[Node, Node]) -> None:
     arguments: Any = node.args
     gradient, pictures, kernel, *_ = arguments
     with graph.inserting_before(node):
-        gradients = _channels_last(graph, gradient)
         for use in list(node.users):
             match use.args[1]:
                 case 0:
-                    inputs = gradients, _channels_last(graph, kernel)
+                    inputs = [_channels_last(graph, each, laid_out) for each in (gradient, kernel)]
                     new = _channels_first(graph, operators().input_gradient.default, *inputs)
                 case 1:
-                    inputs = _channels_last(graph, pictures), gradients
+                    inputs = [_channels_last(graph, each, laid_out) for each in (pictures, gradient)]
                     new = _channels_first(graph, operators().kernel_gradient.default, *inputs)
                 case _:
                     new = _call(graph, torch.ops.aten.sum.dim_IntList, gradient, [0, 2, 3])
@@ -114,13 +115,15 @@ def _is_ours(pictures: Node, kernel: Node, rest: list[Any]) -> bool:
     )
 
 
-def _channels_last(graph: Graph, node: Node) -> Node:
+def _channels_last(graph: Graph, node: Node, laid_out: dict[Node, Node]) -> Node:
     """A contiguous tensor of these (n, h, w, c), for pictures or a kernel (n, c, h, w); in channels_last order it is a
-    view."""
-    permuted = _call(graph, torch.ops.aten.permute.default, node, [0, 2, 3, 1])
-    if permuted.meta["val"].is_contiguous():
-        return permuted
-    return _call(graph, torch.ops.aten.clone.default, permuted, memory_format=torch.contiguous_format)
+    view, and else a copy, which is made once and found in `laid_out` by whatever follows."""
+    if node not in laid_out:
+        permuted = _call(graph, torch.ops.aten.permute.default, node, [0, 2, 3, 1])
+        if not permuted.meta["val"].is_contiguous():
+            permuted = _call(graph, torch.ops.aten.clone.default, permuted, memory_format=torch.contiguous_format)
+        laid_out[node] = permuted
+    return laid_out[node]
 
 
 def _channels_first(graph: Graph, target: Any, *args: Node | None) -> Node:

@@ -143,8 +143,8 @@ def test_the_pass_replaces_a_convolution_and_its_gradients(
     for name in ("convolve", "input_gradient", "kernel_gradient"):
         assert count(graph, f"hyperfunc.{name}.default") == 1
     assert not count(graph, "aten.convolution.default") + count(graph, "aten.convolution_backward.default")
-    # Its own layout is taken as it is.
-    assert count(graph, "aten.clone.default") == (0 if memory_format == torch.channels_last else 5)
+    # Its own layout is taken as it is, and another one's pictures, kernel and gradient are laid out once.
+    assert count(graph, "aten.clone.default") == (0 if memory_format == torch.channels_last else 3)
     expected = gradients(*(value.double() for value in (pictures, kernel, bias)))
     for found, reference in zip(graph(pictures, kernel, bias), expected, strict=True):
         assert relative_error(found, reference) < 1e-5 if reference.any() else not found.any()
@@ -177,3 +177,14 @@ def test_the_pass_leaves_other_convolutions_alone(layer: nn.Conv2d) -> None:
 
     graph = traced(gradients, pictures, kernel)
     assert count(graph, "aten.convolution.default") == count(graph, "aten.convolution_backward.default") == 1
+
+
+def test_the_pass_leaves_a_bias_that_is_cut_out_of_another_tensor_alone() -> None:
+    inputs = torch.ones(1, 16, 4, 4), torch.ones(16, 16, 3, 3), torch.arange(32.0)
+
+    def convolve(pictures: Tensor, kernel: Tensor, values: Tensor) -> Tensor:
+        return F.conv2d(pictures, kernel, values[::2], padding=1)
+
+    graph = traced(convolve, *inputs)
+    assert count(graph, "aten.convolution.default") == 1
+    assert torch.equal(graph(*inputs), convolve(*inputs))
