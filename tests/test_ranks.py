@@ -109,13 +109,14 @@ def shown(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in left_out} for row in rows]
 
 
-def await_line(process: "subprocess.Popen[str]", beginning: str) -> str:
-    """What a process writes up to a line that begins so."""
+def await_line(process: "subprocess.Popen[str]", *beginnings: str) -> str:
+    """What a process writes until there was a line that begins so, for each of the beginnings."""
     assert process.stdout is not None
-    output = ""
+    output, missing = "", set(beginnings)
     for line in process.stdout:
         output += line
-        if line.startswith(beginning):
+        missing = {beginning for beginning in missing if not line.startswith(beginning)}
+        if not missing:
             break
     return output
 
@@ -361,7 +362,7 @@ def test_a_signal_that_meets_the_launcher_at_its_clock_is_a_signal(
 @pytest.mark.slow
 def test_a_signal_to_one_rank_ends_the_runs_of_all(start: Start, mark: str, flags: list[str]) -> None:
     process = start(*program(*flags, "--devices", "cpu:2", "--seeds", "0,1", "--epochs", "100"))
-    await_line(process, "seed1  epoch 2/100")
+    await_line(process, "seed0  epoch 1/100", "seed1  epoch 2/100")
     os.kill(rank(mark, 1), signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 143, output
@@ -380,7 +381,7 @@ def test_runs_go_on_by_themselves_after_a_rank_was_killed(
     assert earlier.returncode == 0
     population = [*flags, "--seeds", "0,1", "--epochs", "4"]
     process = start(*program(*population, "--devices", "cpu:2", "--max-restarts", "1"))
-    await_line(process, "seed1  epoch 2/4")
+    await_line(process, "seed0  epoch 1/4", "seed1  epoch 2/4")
     os.kill(rank(mark, 1), signal.SIGKILL)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output

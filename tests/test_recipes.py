@@ -22,8 +22,8 @@ MOST_LINES = 60
 MOST_BYTES_OF_A_PICTURE = 60_000
 
 SHORTER = {
-    "torchvision_resnet": ("--steps", "8"),
-    "back_to_plain": ("--steps", "20"),
+    "torchvision_resnet": ("--steps", "5"),
+    "back_to_plain": ("--steps", "12"),
     "three_tasks": ("--steps", "120"),
     "weights_per_sample": ("--steps", "300"),
     "ensemble": ("--steps", "120"),

@@ -18,8 +18,8 @@ from hyperfunc import checkpoint, journal
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("HYPERFUNC_KILLS", "4"))
-TERMINATIONS = int(os.environ.get("HYPERFUNC_TERMINATIONS", "4"))
+KILLS = int(os.environ.get("HYPERFUNC_KILLS", "3"))
+TERMINATIONS = int(os.environ.get("HYPERFUNC_TERMINATIONS", "2"))
 
 EPOCHS = 20
 """Of 12 steps each, every one of which is saved."""
