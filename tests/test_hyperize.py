@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import hyperfunc as hf
 from hyperfunc import capture, optim, training, tree
 
-of_jvp = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+of_jvp = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 """torch's own, when it loads its rules for forward derivatives."""
 
 of_pool = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")

@@ -68,7 +68,8 @@ def test_training_without_a_seed_names_the_layers(problem: Problem) -> None:
     ]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own, of its jvp
+# Torch's own, of its jvp, as a DeprecationWarning in some versions.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_gradients_are_those_under_the_same_mask(problem: Problem) -> None:
     model, params, x = problem[0], tree.to(problem[1], torch.float64), problem[3].double()
 
