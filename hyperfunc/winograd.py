@@ -70,7 +70,7 @@ def replace_convolutions(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.target is aten.convolution.default:
             pictures, kernel, bias, *rest = node.args
-            # One that is cut out of a larger tensor is rare, and left to torch.
+            # A bias that is cut out of a larger tensor is rare, and its convolution left to torch.
             if _is_ours(pictures, kernel, rest) and (bias is None or bias.meta["val"].is_contiguous()):
                 with graph.inserting_before(node):
                     inputs = _channels_last(graph, pictures, laid_out), _channels_last(graph, kernel, laid_out), bias
