@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import prepared
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,6 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 RunHere = Callable[..., "subprocess.CompletedProcess[str]"]
 """What the fixture `run_here` gives."""
+
+of_jvp = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+"""torch's own, when it loads its rules for forward derivatives; its category is not the same in all versions."""
 
 
 def unchecked(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,15 +8,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torchvision
-from helpers import assert_trees_equal
+from helpers import assert_trees_equal, of_jvp
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 import hyperfunc as hf
 from hyperfunc import capture, optim, training, tree
-
-of_jvp = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-"""torch's own, when it loads its rules for forward derivatives."""
 
 of_pool = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 """vmap has no rule for a part of adaptive pooling over tensors in channels_last, and loops."""

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import unchecked
+from helpers import of_jvp, unchecked
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
@@ -68,8 +68,7 @@ def test_training_without_a_seed_names_the_layers(problem: Problem) -> None:
     ]
 
 
-# Torch's own, of its jvp, as a DeprecationWarning in some versions.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@of_jvp
 def test_gradients_are_those_under_the_same_mask(problem: Problem) -> None:
     model, params, x = problem[0], tree.to(problem[1], torch.float64), problem[3].double()
 

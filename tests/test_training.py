@@ -4,7 +4,7 @@ from typing import NamedTuple
 import oracle
 import pytest
 import torch
-from helpers import assert_trees_equal, unchecked
+from helpers import assert_trees_equal, of_jvp, unchecked
 from torch import Generator, Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import grad
@@ -237,7 +237,7 @@ def test_metrics_per_example(generator: Generator) -> None:
     torch.testing.assert_close(metrics.accuracy, (logits.argmax(1) == labels).float().mean())
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, at the first use of forward_ad
+@of_jvp
 @pytest.mark.parametrize("outside", ["func", "autograd", "vmap", "forward"])
 def test_a_step_can_be_differentiated(generator: Generator, outside: str) -> None:
     """The parameters after two steps by the learning rate's logarithm, against a difference quotient."""
