@@ -29,6 +29,8 @@ FINISH_SECONDS = 12.0
 PATIENCE_SECONDS = START_SECONDS + FINISH_SECONDS + 4
 """The most that the end of a program may wait for tracking, whatever happens."""
 
+LAST_WORD_SECONDS = 1.0
+"""How long an error that is being told as that time is over may take to be written."""
 
 LONGEST_REASON = 300
 """Characters of an error that its line shows."""
@@ -89,7 +91,7 @@ class Tracker:
         self._run: Any = None
         self._model_error: Exception | None = None
         self._finishing = False
-        self._given_up = False
+        self._outcome = threading.Lock()  # taken for good by who tells it: the thread, or who has waited long enough
         self._calls: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
@@ -152,10 +154,9 @@ class Tracker:
         deadline = time.monotonic() + patience
         while self._thread.is_alive() and time.monotonic() < deadline and not give_up():
             self._thread.join(0.05)
-        if not self._thread.is_alive():
-            return
-        self._given_up = True
-        if self._run is None:
+        if not self._outcome.acquire(blocking=False):
+            self._thread.join(LAST_WORD_SECONDS)
+        elif self._run is None:
             self._warn("wandb: no answer so far, this run was not tracked")
         else:
             self._warn(f"wandb: not all has been sent{_later(self._run)}")
@@ -165,9 +166,10 @@ class Tracker:
             self._run = self._start()
             while (call := self._calls.get()) is not None:
                 call(self._run)
+            self._outcome.acquire(blocking=False)
         except Exception as error:
             self.failed = True
-            if not self._given_up:
+            if self._outcome.acquire(blocking=False):
                 self._warn(f"wandb: {self._what_failed()}: {_reason(error)}{_later(self._run)}")
         finally:
             self.stopped = True

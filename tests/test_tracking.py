@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -300,7 +301,7 @@ def test_no_server_can_hold_up_or_end_a_run(tmp_path: Path, flags: list[str]) ->
         assert process.returncode == 0, (kind, err)
         assert "saved run.pth with a new best" in out, kind
         lines = [line for line in err.splitlines() if "reading " not in line]
-        assert len(lines) == 1, (kind, lines)
+        assert len(lines) == 1, kind + "\n" + err
         assert lines[0].startswith("wandb: "), kind
         assert f"to send it later: wandb sync {(tmp_path / kind).resolve()}/wandb/" in lines[0], kind
         # What can be sent is what was shown.
@@ -433,6 +434,24 @@ def test_an_error_of_wandb_is_told_once_and_ends_tracking(fake_run: FakeRun, sta
         "wandb: stopped tracking, training goes on: the service is gone and more; "
         "to send it later: wandb sync /runs/offline-abc"
     ]
+
+
+@pytest.mark.parametrize("patience", [0.0, 10.0])
+def test_an_error_at_the_end_of_the_patience_is_told_once_and_whole(fake_run: FakeRun, patience: float) -> None:
+    told: list[str] = []
+    telling = threading.Event()
+
+    def tell_slowly(line: str) -> None:
+        telling.set()
+        time.sleep(0.3)
+        told.append(line)
+
+    tracker = Tracker("abc", resume=False, mode="offline", settings={}, say=lambda _: None, warn=tell_slowly)
+    tracker.log({"step": 1, "fail": True})
+    assert telling.wait(10.0)
+    tracker.finish(0, patience)
+    assert len(told) == 1
+    assert "the service is gone" in told[0]
 
 
 def test_nothing_but_the_end_waits_and_that_not_for_long(fake_run: FakeRun, start: StartTracker) -> None:
