@@ -59,7 +59,7 @@ from hyperfunc.build import build_model, build_optimizer, describe_model
 from hyperfunc.config import Config, Every, parse_args, parse_every, runs_of
 from hyperfunc.console import Printer, TrainingBars
 from hyperfunc.environment import describe_device, environment
-from hyperfunc.exits import EXIT_BAD_INPUT, EXIT_FAILED, one_line
+from hyperfunc.exits import AFTER_SIGNAL, EXIT_BAD_INPUT, EXIT_FAILED, one_line
 from hyperfunc.interrupt import Interrupted, Interrupts, exit_at_once, ignore
 from hyperfunc.model import BatchStats, Params
 from hyperfunc.report import Reporter, start_reporting
@@ -448,7 +448,7 @@ def carry_out(run: Run, interrupts: Interrupts, printer: Printer, *, paints: boo
         reporter.close(code, lambda: interrupts.received is not None)
     if code == 0 and interrupts.received is not None:
         printer.warn(f"stopped by {signal.Signals(interrupts.received).name} after the training was over")
-        return 128 + interrupts.received
+        return AFTER_SIGNAL + interrupts.received
     return code
 
 
@@ -652,7 +652,7 @@ def stop(run: Run, number: int, reporter: Reporter) -> int:
         reporter.printer.warn(f"stopped by {name} after the training was over; saved {run.config.checkpoint_path}")
     else:
         reporter.printer.warn(f"stopped by {name} at {where}; saved {run.config.checkpoint_path}, go on with --resume")
-    return 128 + number
+    return AFTER_SIGNAL + number
 
 
 def calibrated(run: Run, draw: data.Draw, interrupts: Interrupts) -> BatchStats:
@@ -708,7 +708,7 @@ def evaluate(
 if __name__ == "__main__":
     exit_code = main()
     ignore()
-    if exit_code >= 128 or tracking.holds_up_exit() or distributed.holds_up_exit():
+    if exit_code > AFTER_SIGNAL or tracking.holds_up_exit() or distributed.holds_up_exit():
         # Python's end waits for others' threads and processes.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,6 +1,7 @@
 """A whole training step, augmentation and Adam included, by engine, width and batch size."""
 
 import functools
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -88,7 +89,9 @@ def test_step(
         torch.cuda.synchronize()
     first = time.perf_counter() - started
     if ON_GPU:
-        # What was tried while compiling is given back, and what a graph needs is reserved from its capture on.
+        # What was tried while compiling, or is left of an earlier case, is given back; what a graph needs is reserved
+        # from its capture on.
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     repeat = rounds_of(race.call, 0.2) if ON_GPU else 1

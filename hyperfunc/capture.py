@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc import graph_passes, tree, winograd
+from hyperfunc.arguments import some
 from hyperfunc.compiled_norms import CompiledNorms
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
@@ -114,7 +115,7 @@ def capture(step: Step, state: Any, batch: Any) -> Step:
 
     Raises:
         ValueError: A call's state, or its batch but for the length, has other shapes, dtypes or devices than those
-            given here; the message names each leaf.
+            given here; the message names leaves.
     """
     if not _on_cuda((state, batch)):
         return step
@@ -125,11 +126,17 @@ def capture(step: Step, state: Any, batch: Any) -> Step:
 
     def make(own_batch: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
         def advance() -> Any:
-            # What still is the old state must be read before the new one is written over it.
-            new_state, metrics = _apart(step(own_state, own_batch), own_state)
+            new_state, metrics = step(own_state, own_batch)
             if differences := _differences(new_state, own_state):
-                raise ValueError(f"step: must return a state like the one that it takes, but {'; '.join(differences)}")
-            _overwrite(own_leaves, _in_order(new_state, own_state))
+                raise ValueError(
+                    f"step: must return a state like the one that it takes, but {some(differences, between='; ')}"
+                )
+            # What comes back as it was, as the weights of a calibration, is left as it is.
+            pairs = zip(own_leaves, _in_order(new_state, own_state), strict=True)
+            changed = [(own, new) for own, new in pairs if new is not own]
+            # What still is the old state must be read before the new one is written over it.
+            values, metrics = _apart(([new for _, new in changed], metrics), own_state)
+            _overwrite([own for own, _ in changed], values)
             return metrics
 
         def warm_up() -> None:
@@ -285,8 +292,9 @@ def _record(
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP_STEPS):
                     warm_up()
-            torch.cuda.current_stream().wait_stream(stream)
         finally:
+            # After a failure too: what it leaves behind on the stream still uses memory that is given back now.
+            torch.cuda.current_stream().wait_stream(stream)
             torch.cuda.set_rng_state(random_state)
         graph = torch.cuda.CUDAGraph()
         failure: BaseException | None = None
@@ -378,7 +386,7 @@ def _leaves_like(name: str, found: Any, expected: Any, *, but_length: bool = Fal
         ValueError: There are `_differences`.
     """
     if differences := _differences(found, expected, but_length=but_length):
-        raise ValueError(f"{name}: not what was captured: {'; '.join(differences)}; capture it again")
+        raise ValueError(f"{name}: not what was captured: {some(differences, between='; ')}; capture it again")
     return _in_order(found, expected)
 
 

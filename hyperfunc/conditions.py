@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hyperfunc import tree
-from hyperfunc.hypernet import HyperNetParams, generate_kernels, init_embeddings
+from hyperfunc.arguments import positive
+from hyperfunc.hypernet import HyperNetParams, init_embeddings, root_mean_squares
 from hyperfunc.model import BatchStats, Model, Params, check_model
 from hyperfunc.primary import check_module, check_values
 from hyperfunc.randomness import Seed, fold_in
@@ -130,20 +131,24 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
             "model: it generates none of its weights, so that nothing could depend on a condition; "
             "expected one of hyper_resnet or hyperize"
         )
-    if encoder.code_dim < 1:
-        raise ValueError(f"encoder: got code_dim {encoder.code_dim}, expected at least 1")
+    positive("encoder.code_dim", encoder.code_dim)
 
     def init(generator: Generator) -> tuple[ConditionalParams, BatchStats]:
         params, batch_stats = model.init(generator)
         tables: dict[str, Tensor] = {}
         for key, z in params.embeddings.items():
-            others = [_draw_alike(generator, params.generator[key], z) for _ in range(encoder.code_dim - 1)]
+            others = _draw_alike(generator, params.generator[key], z, encoder.code_dim - 1)
             tables[key] = torch.stack([z, *others])
         encoder_params = encoder.init(generator)
         return ConditionalParams(encoder_params, params._replace(embeddings=tables)), batch_stats
 
     def codes(params: ConditionalParams, conditions: Tensor) -> Float[Tensor, "n code"]:
         found = encoder.apply(params.encoder, conditions)
+        if not isinstance(found, Tensor):
+            raise ValueError(
+                f"encoder: got a {type(found).__name__}, expected a tensor of codes; around a recurrent layer, for "
+                "example, put a module that returns its last output alone"
+            )
         if found.shape != (len(conditions), encoder.code_dim):
             raise ValueError(
                 f"encoder: for {len(conditions)} conditions of shape {tuple(conditions.shape[1:])} got codes of shape "
@@ -214,8 +219,7 @@ def table(count: int) -> Encoder:
     Raises:
         ValueError: `count` is not a whole number of at least 1.
     """
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"count: got {count}, expected at least 1 task, as a whole number")
+    count = positive("count", count)
 
     def apply(_params: Any, conditions: Integer[Tensor, "n"]) -> Float[Tensor, "n count"]:
         whole = not (conditions.is_floating_point() or conditions.is_complex() or conditions.dtype == torch.bool)
@@ -238,8 +242,14 @@ def bounded(low: Sequence[float], high: Sequence[float]) -> Encoder:
     A condition is a tensor of shape (len(low),).
 
     Raises:
-        ValueError: The bounds are of different lengths or empty, or a lower one is not below its upper one.
+        ValueError: The bounds are no sequences, or of different lengths or empty, or a lower one is not below its
+            upper one.
     """
+    for name, bounds in (("low", low), ("high", high)):
+        if not hasattr(bounds, "__len__"):
+            raise ValueError(
+                f"{name}: got {bounds!r}, expected a bound for each entry of the vector, such as [{bounds}]"
+            )
     if len(low) != len(high) or not len(low):
         raise ValueError(f"low, high: got {len(low)} and {len(high)} bounds, expected one of each for every entry")
     for lower, upper in zip(low, high, strict=True):
@@ -296,7 +306,7 @@ def from_module(module: nn.Module, code_dim: int) -> Encoder:
         ready.update({leaf.device: moved for leaf in moved.values()})
         return tree.map(lambda leaf: leaf.to(generator.device, copy=True), values)
 
-    def apply(params: Mapping[str, Tensor], conditions: Tensor) -> Tensor:
+    def apply(params: Mapping[str, Tensor], conditions: Tensor) -> Any:
         constants = ready[conditions.device] if conditions.device in ready else tree.to(buffers, conditions.device)
         try:
             return functional_call(skeleton, {**params, **constants}, (conditions,), strict=True)
@@ -409,12 +419,13 @@ _mean_over_samples.register_vmap(_mean_over_samples_rule)
 _mean_over_samples.register_autograd(lambda _ctx, grad: grad)
 
 
-def _draw_alike(generator: Generator, p: HyperNetParams, z: Float[Tensor, "units z"]) -> Float[Tensor, "units z"]:
-    """Other embeddings, whose kernels have the root mean square of those that z gives, biases left out."""
+def _draw_alike(generator: Generator, p: HyperNetParams, z: Float[Tensor, "units z"], times: int) -> list[Tensor]:
+    """So many other tables of embeddings like z, whose kernels have the root mean square of those that z gives, biases
+    left out."""
     linear = p._replace(b_in=torch.zeros_like(p.b_in), b_out=torch.zeros_like(p.b_out))
-    rms = generate_kernels(linear, z).flatten(1).square().mean(1).sqrt()
     default = torch.get_default_dtype()  # in which init_embeddings draws
-    return init_embeddings(generator, tree.to(linear, default), rms.to(default)).to(z.dtype)
+    std, drawing = root_mean_squares(linear, z).to(default), tree.to(linear, default)
+    return [init_embeddings(generator, drawing, std).to(z.dtype) for _ in range(times)]
 
 
 def _check_bounds(low: float, high: float) -> None:

@@ -247,7 +247,7 @@ def check_config(config: Config) -> None:
         )
 
 
-def runs_of(config: Config) -> list[sweep.Member]:
+def runs_of(config: Config) -> list[sweep.Planned]:
     """The runs of a population.
 
     Raises:

@@ -28,7 +28,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from hyperfunc import tree
-from hyperfunc.files import lock_for, read_tensors, sweep, write_tensors
+from hyperfunc.files import lock_for, read_tensors, remove_leftovers, write_tensors
 
 Name = Literal["cifar10", "cifar100", "digits", "folder", "synthetic"]
 
@@ -212,10 +212,10 @@ def make_eval_load(
     return load
 
 
-def batches(rows: Any, batch_size: int, *, start: int = 0) -> Iterator[Any]:
-    """Cuts a pytree of equally long tensors into batches, the last as short as need be, from batch `start` on."""
+def batches(rows: Any, batch_size: int) -> Iterator[Any]:
+    """Cuts a pytree of equally long tensors into batches, the last as short as need be."""
     columns, rebuild = tree.flatten(rows)
-    for begin in range(start * batch_size, len(columns[0]), batch_size):
+    for begin in range(0, len(columns[0]), batch_size):
         yield rebuild([column[begin : begin + batch_size] for column in columns])
 
 
@@ -368,7 +368,7 @@ def _folder(data_dir: Path, progress: Progress, notify: Callable[[str], None]) -
         # Of several ranks one reads the pictures, and the others find them in the cache.
         with contextlib.suppress(OSError):
             stack.enter_context(lock_for(cache))
-            sweep(cache)
+            remove_leftovers(cache)
         tensors = _read_cache(cache, fingerprint, notify)
         if tensors is None:
             tensors = {}

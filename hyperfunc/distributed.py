@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from hyperfunc import tree
+from hyperfunc.exits import EXIT_BAD_INPUT, EXIT_FAILED
 from hyperfunc.watch import EARLY, Watch, meet
 from hyperfunc.watch import RankLost as RankLost
 from hyperfunc.watch import Told as Told
@@ -293,7 +294,7 @@ def joined(
             )
         yield Group(rank, world, device, shared, watch)
     except Exception as error:
-        raise watch.judge(error, 2 if isinstance(error, ValueError) else 1) from error
+        raise watch.judge(error, EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_FAILED) from error
     watch.leave()
     if dist.is_initialized() and device.type != "cuda":
         # NCCL would wait here for the end of every CUDA graph with an all-reduce in it, and the caller may hold some.

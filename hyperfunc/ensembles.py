@@ -17,8 +17,9 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from hyperfunc import tree
+from hyperfunc.arguments import positive
 from hyperfunc.model import BatchStats, Forward, Model, Params, check_model
-from hyperfunc.optim import Optimizer
+from hyperfunc.optim import Optimizer, check_optimizer
 from hyperfunc.training import Step, TrainState
 
 
@@ -63,12 +64,11 @@ def ensemble(model: Model, n: int) -> Ensemble:
         n: The number of members.
 
     Raises:
-        ValueError: `n` is not positive, or `model` is not a Model. The functions of the result raise one for
-            tensors without the members as first dimension, and `member` for an index out of range.
+        ValueError: `n` is not a positive whole number, or `model` is not a Model. The functions of the result raise one
+            for tensors without the members as first dimension, and `member` for an index out of range.
     """
     check_model(model)
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"n: got {n}, expected at least 1 member, as a whole number")
+    n = positive("n", n)
 
     def init(generator: Generator) -> tuple[Params, BatchStats]:
         return tree.stack([model.init(generator) for _ in range(n)])
@@ -115,7 +115,16 @@ def ensemble(model: Model, n: int) -> Ensemble:
 
 
 def init_state(members: Ensemble, optimizer: Optimizer, generator: Generator) -> TrainState:
-    """A fresh training state of all members: every leaf has the members as first dimension, the step too."""
+    """A fresh training state of all members: every leaf has the members as first dimension, the step too.
+
+    Raises:
+        ValueError: `members` is not an Ensemble, or `optimizer` none of `optim`.
+    """
+    if not isinstance(members, Ensemble):
+        raise ValueError(
+            f"members: got {type(members).__name__}, expected an Ensemble, as ensemble(model, n) makes one"
+        )
+    check_optimizer(optimizer)
     params, batch_stats = members.init(generator)
     step = torch.zeros(members.size, dtype=torch.int64, device=generator.device)
     return TrainState(step, params, batch_stats, torch.vmap(optimizer.init)(params))

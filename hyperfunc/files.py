@@ -49,9 +49,15 @@ def write_tensors(
     Raises:
         FileExistsError: The name `keep_old_as` is taken.
         OSError: The file cannot be written (no room, no permission); the old file stands as it was.
+        ValueError: JSON cannot hold the metadata, which users know as the notes of a checkpoint.
     """
     dense = tree.fetch({name: tensor.detach() for name, tensor in tensors.items()})
-    text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    try:
+        text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"notes: {error}; expected what JSON can hold: texts, finite numbers, lists, and dicts with texts as keys"
+        ) from None
     content = _serialize(dense, {"hyperfunc": text, "sha256": _NO_DIGEST})
     write_bytes(path, _with_digest(content, _digest(content)), keep_old_as=keep_old_as)
 
@@ -130,7 +136,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes, *, keep_old_as: Pa
 
 
 def temporary_name(path: Path) -> Path:
-    """Where `path` is written to first; `sweep` knows the pattern."""
+    """Where `path` is written to first; `remove_leftovers` knows the pattern."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
@@ -161,7 +167,7 @@ def free_name(path: Path) -> Path:
     return numbered(path, free_number(path))
 
 
-def sweep(path: str | os.PathLike[str]) -> None:
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
     """Removes what processes that were killed in the middle of writing `path` left beside it.
 
     Only for who holds the lock for `path`: another's write in progress looks just the same.

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from hyperfunc import tree
 
 BINS = 64
+"""Of each histogram."""
 
 
 class Histogram(NamedTuple):
@@ -18,7 +19,7 @@ class Histogram(NamedTuple):
     edges: Float[np.ndarray, "bins+1"]
 
 
-def histograms(values: Any, bins: int = BINS) -> dict[str, Histogram]:
+def histograms(values: Any) -> dict[str, Histogram]:
     """A histogram of each leaf over its own range, by the leaf's path.
 
     Numbers that are not finite are left out, and so is a leaf without any other.
@@ -32,6 +33,6 @@ def histograms(values: Any, bins: int = BINS) -> dict[str, Histogram]:
         low, high = (float(edge) for edge in leaf.aminmax())
         if low == high:
             low, high = low - 0.5, high + 0.5
-        counts, edges = torch.histogram(leaf, bins, range=(low, high))
+        counts, edges = torch.histogram(leaf, BINS, range=(low, high))
         found[path] = Histogram(counts.long().numpy(), edges.numpy())
     return found

@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from hyperfunc.arguments import positive
+
 Init = Literal["he", "clipped-normal"]
 
 
@@ -83,7 +85,7 @@ def init_generator(
     Raises:
         ValueError: A size is not positive, or `init` is unknown.
     """
-    check_sizes(unit, z_dim, hidden_dim)
+    unit, z_dim, hidden_dim = checked_sizes(unit, z_dim, hidden_dim)
     if min(window, default=1) < 1:
         raise ValueError(f"window: got {tuple(window)}, expected extents of at least 1")
     check_init(init)
@@ -131,9 +133,15 @@ def init_embeddings(
     if init == "clipped-normal":
         return _clipped_normal(generator, shape)
     z = _normal(generator, shape)
-    # In parts, because a large network has hundreds of thousands of units, and their a_i alone would fill gigabytes.
-    rms = torch.cat([generate_kernels_at_once(p, part).flatten(1).square().mean(1).sqrt() for part in z.split(4096)])
-    return z * (std.to(z.device) / rms).unsqueeze(1)
+    return z * (std.to(z.device) / root_mean_squares(p, z)).unsqueeze(1)
+
+
+def root_mean_squares(p: HyperNetParams, z: Float[Tensor, "units z"]) -> Float[Tensor, "units"]:
+    """That of each basic kernel's entries.
+
+    In parts, because a large network has hundreds of thousands of units, and their a_i alone would fill gigabytes.
+    """
+    return torch.cat([generate_kernels_at_once(p, part).flatten(1).square().mean(1).sqrt() for part in z.split(4096)])
 
 
 def check_init(init: str) -> None:
@@ -142,17 +150,18 @@ def check_init(init: str) -> None:
         raise ValueError(f"init: got {init!r}, expected one of {', '.join(get_args(Init))}")
 
 
-def check_sizes(unit: Any, z_dim: Any, hidden_dim: Any) -> None:
-    """Raises a ValueError where a generator cannot have these sizes."""
-    if not isinstance(unit, Sequence) or len(unit) != 2 or not all(map(_is_extent, unit)):
-        raise ValueError(f"unit: got {unit}, expected two positive channel counts (out, in)")
-    for name, value in (("z_dim", z_dim), ("hidden_dim", hidden_dim)):
-        if value is not None and not _is_extent(value):
-            raise ValueError(f"{name}: got {value!r}, expected at least 1, as a whole number")
+def checked_sizes(unit: Any, z_dim: Any, hidden_dim: Any) -> tuple[tuple[int, int], int, int | None]:
+    """The same, in ints of Python's.
 
-
-def _is_extent(value: Any) -> bool:
-    return isinstance(value, int) and value >= 1
+    Raises:
+        ValueError: A generator cannot have these sizes.
+    """
+    try:
+        n_out, n_in = (positive("unit", channels) for channels in unit)
+    except (TypeError, ValueError):
+        raise ValueError(f"unit: got {unit}, expected two positive channel counts (out, in)") from None
+    hidden_dim = None if hidden_dim is None else positive("hidden_dim", hidden_dim)
+    return (n_out, n_in), positive("z_dim", z_dim), hidden_dim
 
 
 def _normal(generator: Generator, shape: Sequence[int]) -> Tensor:

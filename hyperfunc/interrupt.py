@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
+from hyperfunc.exits import AFTER_SIGNAL
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Ctrl-C; what `kill` and schedulers send; what schedulers send ahead of a time limit; a terminal that is closed."""
 
@@ -18,7 +20,7 @@ TWINS_SECONDS = 0.5
 
 
 class Interrupted(Exception):
-    """Raised by `Interrupts.check` after a signal."""
+    """A signal came, of which `Interrupts` has the number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -67,15 +69,6 @@ class Interrupts:
         """From now on the first signal is noted in `received`."""
         self._deferred = True
 
-    def check(self) -> None:
-        """For places in a longer piece of work that can be left.
-
-        Raises:
-            Interrupted: A signal came.
-        """
-        if self.received is not None:
-            raise Interrupted(self.received)
-
     def _watch(self, read: int) -> None:
         first_at = 0.0
         while signaled := os.read(read, 1):
@@ -112,7 +105,7 @@ def ignore() -> None:
 
 def exit_at_once(number: int) -> NoReturn:
     """Ends the process as a shell expects it after a signal, without running anything else."""
-    os._exit(128 + number)
+    os._exit(AFTER_SIGNAL + number)
 
 
 def _do_nothing(_number: int, _frame: FrameType | None) -> None:

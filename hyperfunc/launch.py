@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hyperfunc.exits import EXIT_FAILED
+from hyperfunc.exits import AFTER_SIGNAL, EXIT_FAILED
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 """What the launcher hands on to the ranks."""
@@ -172,12 +172,12 @@ def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int, 
         try:
             elastic_launch(config, sys.executable)(program, *argv)
         except SignalException as stopped:
-            return 128 + stopped.sigval
+            return AFTER_SIGNAL + stopped.sigval
         except UnboundLocalError as error:
             # A signal may come while torch's own launcher is about to look at the clock, which it then reads unset.
             if not isinstance(error.__context__, SignalException):
                 raise
-            return 128 + error.__context__.sigval
+            return AFTER_SIGNAL + error.__context__.sigval
         except ChildFailedError as failed:
             rank, failure = failed.get_first_failure()
             if failure.exitcode >= 0:

@@ -12,11 +12,12 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from hyperfunc import tree
+from hyperfunc.arguments import positive, some
 from hyperfunc.hypernet import (
     HyperNetParams,
     Init,
     check_init,
-    check_sizes,
+    checked_sizes,
     generate_kernels_at_once,
     generator_shapes,
     init_embeddings,
@@ -26,7 +27,7 @@ from hyperfunc.layers import is_linear_map
 from hyperfunc.primary import check_module, check_values, on_meta, with_values
 from hyperfunc.randomness import Seed, Seeded, drawing_layers
 from hyperfunc.residual import Block, ResNet, Shortcut, init_weights
-from hyperfunc.targets import Targets, choose, some
+from hyperfunc.targets import Targets, choose
 from hyperfunc.tiling import Kernel, Tiling, assemble, plain_kernel, tile
 from hyperfunc.vmap_rules import VmapRules, check_mapped_training, counting_norms
 
@@ -133,18 +134,18 @@ def hyper_resnet(
     Raises:
         ValueError: A size or name is out of range.
     """
-    module = _meta_resnet(depth, width, num_classes, shortcut=shortcut, block=block)
+    unit, z_dim, hidden_dim = checked_sizes((16, 16), z_dim, hidden_dim)
+    module, arguments = _resnet_on_meta(depth, width, num_classes, shortcut, block)
     targets = [f"blocks.{i}.conv{j}.weight" for i in range(len(module.blocks)) for j in (1, 2)]
     return _make_model(
         module,
         {name: plain_kernel(module.get_parameter(name).shape) for name in targets},
         partial(_init_resnet, module),
-        unit=(16, 16),
+        unit=unit,
         z_dim=z_dim,
         hidden_dim=hidden_dim,
         init=init,
-        recipe={"function": "hyper_resnet", "depth": depth, "width": width, "num_classes": num_classes}
-        | {"z_dim": z_dim, "hidden_dim": hidden_dim, "init": init, "shortcut": shortcut, "block": block},
+        recipe={"function": "hyper_resnet", **arguments, "z_dim": z_dim, "hidden_dim": hidden_dim, "init": init},
     )
 
 
@@ -163,10 +164,8 @@ def resnet(
     Raises:
         ValueError: A size or name is out of range.
     """
-    module = _meta_resnet(depth, width, num_classes, shortcut=shortcut, block=block)
-    recipe = {"function": "resnet", "depth": depth, "width": width, "num_classes": num_classes}
-    recipe |= {"shortcut": shortcut, "block": block}
-    return _make_model(module, {}, partial(_init_resnet, module), recipe=recipe)
+    module, arguments = _resnet_on_meta(depth, width, num_classes, shortcut, block)
+    return _make_model(module, {}, partial(_init_resnet, module), recipe={"function": "resnet", **arguments})
 
 
 def hyperize(
@@ -204,7 +203,7 @@ def hyperize(
             quantized, compiled or spread over devices, has complex parameters, or holds or writes parameters where
             apply cannot replace them.
     """
-    check_sizes(unit, z_dim, hidden_dim)
+    unit, z_dim, hidden_dim = checked_sizes(unit, z_dim, hidden_dim)
     check_module(module)
     kernels = choose(module, targets, unit)
     values = {name: p.detach().clone() for name, p in module.named_parameters() if name not in kernels}
@@ -260,12 +259,12 @@ def from_recipe(recipe: Mapping[str, Any], module: nn.Module | None = None) -> M
         raise ValueError(f"recipe: {error}; it was written by another version of hyperfunc") from None
 
 
-def check_model(model: Any) -> None:
-    """Raises a ValueError where it is another kind of object."""
+def check_model(
+    model: Any, cure: str = "that of a Conditional or an Ensemble is its `model`, and hyperize makes one of a module"
+) -> None:
+    """Raises a ValueError where it is another kind of object; `cure` says what to do instead."""
     if not isinstance(model, Model):
-        raise ValueError(
-            f"model: got {type(model).__name__}, expected a Model; that of a Conditional or an Ensemble is its `model`"
-        )
+        raise ValueError(f"model: got {type(model).__name__}, expected a Model; {cure}")
 
 
 def materialize(model: Model, params: Params, batch_stats: BatchStats) -> nn.Module:
@@ -399,7 +398,6 @@ def _make_model(
 ) -> Model:
     """Ties the pieces: `module` is on the meta device, `init_primary` makes what is not generated."""
     check_init(init)
-    check_sizes(unit, z_dim, hidden_dim)
     parameters = dict(module.named_parameters())
     tiling = tile(kernels_by_name, unit)
     generated = set(tiling.names)
@@ -506,9 +504,15 @@ def _check_dtypes(tiling: Tiling, parameters: Mapping[str, Tensor]) -> None:
                 )
 
 
-def _meta_resnet(depth: int, width: int, num_classes: int, *, shortcut: Shortcut, block: Block) -> ResNet:
+def _resnet_on_meta(
+    depth: Any, width: Any, num_classes: Any, shortcut: Shortcut, block: Block
+) -> tuple[ResNet, dict[str, Any]]:
+    """The network, and the arguments that make it, as JSON can hold them; sizes may be of any type of integers."""
+    sizes = {"depth": depth, "width": width, "num_classes": num_classes}
+    arguments: dict[str, Any] = {name: positive(name, size) for name, size in sizes.items()}
+    arguments |= {"shortcut": shortcut, "block": block}
     with torch.device("meta"):
-        return ResNet(depth, width, num_classes, shortcut=shortcut, block=block)
+        return ResNet(**arguments), arguments
 
 
 def _init_resnet(module: ResNet, generator: Generator) -> tuple[dict[str, Tensor], BatchStats]:

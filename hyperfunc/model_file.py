@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from hyperfunc import checkpoint
+from hyperfunc.arguments import some
 from hyperfunc.model import BatchStats, Model, Params, check_model, from_recipe
-from hyperfunc.targets import some
 
 
 def save(
@@ -39,7 +39,7 @@ def save(
 
     Raises:
         OSError: The file cannot be written; an older one stands as it was.
-        ValueError: `params` or `batch_stats` do not belong to `model`.
+        ValueError: `params` or `batch_stats` do not belong to `model`, or JSON cannot hold the notes.
     """
     if not isinstance(model, Model) and isinstance(getattr(model, "model", None), Model):
         raise ValueError(

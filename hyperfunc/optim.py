@@ -147,6 +147,14 @@ def sgd(learning_rate: float | Schedule, *, momentum: float = 0.9, weight_decay:
     return Optimizer(init, update, schedule, elementwise=True)
 
 
+def check_optimizer(optimizer: Any) -> None:
+    """Raises a ValueError where it is another kind of object."""
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(
+            f"optimizer: got a {type(optimizer).__name__}, expected an Optimizer of hyperfunc.optim, as adam(0.002)"
+        )
+
+
 def scaled(optimizer: Optimizer, *, first: float = 2.0**16, grow_after: int = 2000) -> Optimizer:
     """`optimizer` for gradients of a loss that was multiplied by `opt_state.scale`, which keeps small ones within the
     range of fp16 (Micikevicius et al. 2017, arXiv 1710.03740, section 3.2).
@@ -162,8 +170,9 @@ def scaled(optimizer: Optimizer, *, first: float = 2.0**16, grow_after: int = 20
         grow_after: See above.
 
     Raises:
-        ValueError: `first` is not positive or not finite, or `grow_after` is not positive.
+        ValueError: `optimizer` is none; `first` is not positive or not finite, or `grow_after` is not positive.
     """
+    check_optimizer(optimizer)
     if not (math.isfinite(first) and first > 0):
         raise ValueError(f"first: got {first}, expected a finite number above 0")
     if grow_after < 1:
@@ -233,10 +242,12 @@ def multistep(
     at the earliest after the first.
 
     Raises:
-        ValueError: `epochs`, `steps_per_epoch` or a learning rate is out of its range.
+        ValueError: `epochs`, `steps_per_epoch`, one of `at` or a learning rate is out of its range.
     """
     _check_steps(epochs, "epochs")
     _check_steps(steps_per_epoch, "steps_per_epoch")
+    for fraction in at:
+        _check_fraction("at", fraction)
     values = [learning_rate * by**i for i in range(len(at) + 1)]
     return piecewise(values, [max(1, round(fraction * epochs)) * steps_per_epoch for fraction in at])
 

@@ -15,14 +15,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hyperfunc import data, tree
+from hyperfunc.exits import AFTER_SIGNAL
 from hyperfunc.interrupt import Interrupted
 from hyperfunc.training import Load, Metrics, Step, TrainState
 
 Member = Generator[data.Draw, tuple[TrainState, Metrics], int]
 """A run: it yields the rows of its next step, is sent its new state and its metrics, and returns its exit code."""
-
-FIRST_SIGNAL = 128
-"""What an exit code exceeds after a signal, by the signal's number."""
 
 
 class Rows(NamedTuple):
@@ -124,10 +122,10 @@ def in_step(members: Sequence[Member], step: Step, states: Sequence[TrainState])
         for index in range(len(members)):
             advance(index, None)
         while asked:
-            codes = [code for code in ends.values() if isinstance(code, int) and code > FIRST_SIGNAL]
+            codes = [code for code in ends.values() if isinstance(code, int) and code > AFTER_SIGNAL]
             if codes:
                 for index in list(asked):
-                    advance(index, Interrupted(codes[0] - FIRST_SIGNAL))
+                    advance(index, Interrupted(codes[0] - AFTER_SIGNAL))
                 continue
             anyone = next(iter(asked.values()))
             before = together

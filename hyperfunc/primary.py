@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from hyperfunc import tree
+from hyperfunc.arguments import some
 
 _EXTRA_STATE = "_extra_state"
 """What torch calls in a state_dict what a module's get_extra_state gives."""
@@ -69,7 +70,7 @@ def check_values(values: Mapping[str, Tensor]) -> None:
     empty = [name for name, value in values.items() if value.is_meta]
     if empty:
         raise ValueError(
-            f"module: it is on the meta device, without values for {', '.join(empty)}, which nothing generates; make "
+            f"module: it is on the meta device, without values for {some(empty)}, which nothing generates; make "
             "it on the CPU, or give it values with module.to_empty(device='cpu') and its own initialisation"
         )
 
@@ -111,8 +112,8 @@ def check_state_dict(module: nn.Module, state_dict: Any, name: str = "state_dict
             differences.append(f"{path} is {_describe(value)}, expected {tree.describe(known[path])}")
     if differences:
         raise ValueError(
-            f"{name}: it does not fit the module ({type(module).__name__}): {'; '.join(differences)}; it must come "
-            "from a module of the same class and sizes"
+            f"{name}: it does not fit the module ({type(module).__name__}): {some(differences, between='; ')}; it must "
+            "come from a module of the same class and sizes"
         )
 
 

@@ -15,7 +15,8 @@ from hyperfunc.build import count_ordinary, describe_network
 from hyperfunc.config import DEFAULT_PROJECT
 from hyperfunc.console import Printer
 from hyperfunc.curves import Painter
-from hyperfunc.files import beside, free_number, numbered, sweep
+from hyperfunc.exits import AFTER_SIGNAL
+from hyperfunc.files import beside, free_number, numbered, remove_leftovers
 from hyperfunc.histogram import histograms
 from hyperfunc.journal import Journal, Row
 from hyperfunc.run import Run
@@ -115,7 +116,7 @@ class Reporter:
             code: The exit code that the run ends with.
             give_up: Asked again and again while there is something to wait for.
         """
-        stopped = code >= 128
+        stopped = code > AFTER_SIGNAL
         self._painter.close(0 if stopped else LAST_PICTURE_SECONDS, give_up)
         if self.tracker is not None:
             self.tracker.finish(code, STOP_SECONDS if stopped else PATIENCE_SECONDS, give_up)
@@ -172,7 +173,7 @@ def start_reporting(run: Run, printer: Printer, *, paints: bool) -> Reporter:
     run.aside = numbered(path, number)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(picture)
+        remove_leftovers(picture)
         if resumed:
             rows, before = journal.go_on(
                 journal_path,

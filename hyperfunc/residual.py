@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from hyperfunc.arguments import positive
+
 Shortcut = Literal["pad", "conv"]
 Block = Literal["post", "pre"]
 
@@ -88,9 +90,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         blocks_per_stage = check_depth(depth)
-        for name, value in (("width", width), ("num_classes", num_classes)):
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
+        width, num_classes = positive("width", width), positive("num_classes", num_classes)
         for name, value, known in (("shortcut", shortcut, get_args(Shortcut)), ("block", block, get_args(Block))):
             if value not in known:
                 raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
@@ -144,6 +144,7 @@ def check_depth(depth: int) -> int:
     Raises:
         ValueError: There is no such n of 1 or more; the message names the depths nearby.
     """
+    depth = positive("depth", depth)
     if depth < 10 or (depth - 4) % 6:
         lower = max(10, depth - (depth - 4) % 6)
         raise ValueError(f"depth: got {depth}, expected 6n + 4, for example {lower} or {lower + 6}")

@@ -15,7 +15,7 @@ from filelock import Timeout
 from hyperfunc import checkpoint, distributed, journal, tree
 from hyperfunc.config import Config
 from hyperfunc.console import Printer
-from hyperfunc.files import beside, free_name, lock_for, numbered, sweep, temporary_name
+from hyperfunc.files import beside, free_name, lock_for, numbered, remove_leftovers, temporary_name
 from hyperfunc.flags import flag, shaping
 from hyperfunc.report import Reporter
 from hyperfunc.run import Progress, Run, check_finite, read_metrics
@@ -52,7 +52,7 @@ def locked_file(path: Path, ranks: distributed.Ranks) -> Iterator[None]:
             f"--checkpoint-path: another run is writing to {path}; wait for its end, or name another file"
         ) from None
     try:
-        sweep(path)
+        remove_leftovers(path)
         yield
     finally:
         lock.release()

@@ -20,10 +20,9 @@ from hyperfunc import population, sweep
 from hyperfunc.config import SEEDS_PER_STEP, Config, runs_of
 from hyperfunc.console import Printer
 from hyperfunc.distributed import Alone, Apart, RankLost, Ranks, digest
-from hyperfunc.exits import EXIT_FAILED, one_line
+from hyperfunc.exits import AFTER_SIGNAL, EXIT_FAILED, one_line
 from hyperfunc.files import beside
 from hyperfunc.interrupt import Interrupts
-from hyperfunc.population import FIRST_SIGNAL
 from hyperfunc.run import Run, flags_to_compare
 from hyperfunc.run_file import locked, locked_file
 
@@ -132,7 +131,7 @@ def _clear_table(table: Path, config: Config, ranks: Ranks, printer: Printer) ->
 
 def _carry_out_share(
     program: Program,
-    share: Sequence[Sequence[sweep.Member]],
+    share: Sequence[Sequence[sweep.Planned]],
     ranks: Ranks,
     device: torch.device,
     interrupts: Interrupts,
@@ -157,7 +156,7 @@ def _carry_out_share(
     number = own.agree(interrupts.received)
     spared = (result.diverged and _FAILURES_ARE_READ in os.environ for result in results if result.failed)
     code = 0 if all(spared) else EXIT_FAILED
-    code = code if number is None else FIRST_SIGNAL + number
+    code = code if number is None else AFTER_SIGNAL + number
     gathered = [json.loads(text) for text in ranks.gather(json.dumps([code, results, pictures]))]
     _check_pictures([digests for _, _, digests in gathered])
     has_begun = any(digests for _, _, digests in gathered)
@@ -184,7 +183,7 @@ def _check_pictures(digests: Sequence[Mapping[str, str]]) -> None:
 
 def _carry_out_group(
     program: Program,
-    group: Sequence[sweep.Member],
+    group: Sequence[sweep.Planned],
     ranks: Alone,
     device: torch.device,
     interrupts: Interrupts,

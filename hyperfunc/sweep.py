@@ -91,11 +91,11 @@ def name_of(flags: Flags) -> str:
     return ".".join(f"{name.replace('_', '-')}{value}" for name, value in flags.items())
 
 
-Member = tuple[Flags, Any]
+Planned = tuple[Flags, Any]
 """A run of a population: the flags that tell it from the others, and all of its flags."""
 
 
-def expand(config: Any, allowed: Sequence[str], check: Callable[[Any], None]) -> list[Member]:
+def expand(config: Any, allowed: Sequence[str], check: Callable[[Any], None]) -> list[Planned]:
     """The runs that `--seeds` and `--sweep` ask for, with a checkpoint each; `resume` where there is one already.
 
     Args:
@@ -119,7 +119,7 @@ def expand(config: Any, allowed: Sequence[str], check: Callable[[Any], None]) ->
         grid |= {name: [parse_value(type(config), name, value) for value in given[name]] for name in given}
         if "seed" in grid and config.seed != 0:
             raise ValueError(f"--seed: got {config.seed} beside other seeds; omit one of them")
-        members: list[Member] = []
+        members: list[Planned] = []
         for flags in combinations({"seed": [config.seed]} | grid):
             path = path_of(config.checkpoint_path, flags)
             own = {"seeds": "", "sweep": "", "no_wandb": True, "checkpoint_path": path}
@@ -134,7 +134,7 @@ def expand(config: Any, allowed: Sequence[str], check: Callable[[Any], None]) ->
     return members
 
 
-def groups(members: Sequence[Member], at_once: int) -> list[list[Member]]:
+def groups(members: Sequence[Planned], at_once: int) -> list[list[Planned]]:
     """The runs that share a step: such as differ in nothing but the seed, at most so many."""
     alike = [list(group) for _, group in itertools.groupby(members, lambda member: name_of(_without_seed(member[0])))]
     return [group[begin : begin + at_once] for group in alike for begin in range(0, len(group), at_once)]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from hyperfunc.arguments import some
 from hyperfunc.layers import is_linear_map, is_weight, kernel_of
 from hyperfunc.tiling import Kernel
 
@@ -164,9 +165,3 @@ def _check_parametrized(prefix: str, layer: nn.Module, target: type[nn.Module], 
 
 def _title(module: nn.Module) -> str:
     return f"the module ({type(module).__name__})"
-
-
-def some(parts: list[str], most: int = 8, between: str = ", ") -> str:
-    """As many of them as one can read, and how many more there are."""
-    more = [f"and {len(parts) - most} more"] if len(parts) > most else []
-    return between.join(parts[:most] + more)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from hyperfunc import data, tree
 from hyperfunc.model import BatchStats, Model, Params, check_model
-from hyperfunc.optim import Optimizer, Scaled
+from hyperfunc.optim import Optimizer, Scaled, check_optimizer
 from hyperfunc.precision import LOW, Precision, autocast, check_precision
 from hyperfunc.randomness import Seed, drawing_layers, fold_in
 from hyperfunc.residual import ResNet
@@ -69,18 +69,45 @@ Reduce = Callable[[int, Params, BatchStats, Metrics], tuple[Params, BatchStats, 
 pictures of the part and the gradients of their summed loss, and gives those of the mean over the whole batch."""
 
 
+_FOR_OTHERS = (
+    "for an Ensemble there are ensembles.init_state and ensembles.map_step; for a Conditional write the loss yourself, "
+    "for torch.func.grad, and call the optimizer's `init` and `update`"
+)
+
+
 def init_state(model: Model, optimizer: Optimizer, generator: torch.Generator) -> TrainState:
-    """A fresh state, on the generator's device, with the step at 0."""
+    """A fresh state, on the generator's device, with the step at 0.
+
+    Raises:
+        ValueError: `model` is not a Model, or `optimizer` none of `optim`.
+    """
+    check_model(model, _FOR_OTHERS)
+    check_optimizer(optimizer)
     params, batch_stats = model.init(generator)
     step = torch.zeros((), dtype=torch.int64, device=generator.device)
     return TrainState(step, params, batch_stats, optimizer.init(params))
+
+
+def pair(batch: Any) -> tuple[Any, Tensor]:
+    """A batch that is (images, labels) itself.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        of = f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else ""
+        raise ValueError(
+            f"batch: got a {type(batch).__name__}{of}, expected a pair (images, labels); `load` makes it of another"
+        )
+    images, labels = batch
+    return images, labels
 
 
 def make_train_step(
     model: Model,
     optimizer: Optimizer,
     *,
-    load: Load = tuple,
+    load: Load = pair,
     decay: Decay = "parameters",
     weight_decay: float = 0.0,
     precision: Precision = "fp32",
@@ -101,7 +128,8 @@ def make_train_step(
         decay: "generated", or "parameters", where this function leaves the decay to the optimizer.
         weight_decay: Used under decay="generated" alone.
         precision: What products are computed in. Under "bf16" and "fp16" a step runs under autocast, and its parameters
-            should be float32; "tf32" takes effect once the program calls `precision.set_float32_products("tf32")`.
+            should be float32. Whether a GPU takes float32 as TF32 is a setting of the program's, as which torch by
+            default takes convolutions: "fp32" and "tf32" take effect once it calls `precision.set_float32_products`.
         seed: Seed of the model's own randomness, such as dropout, which becomes a function of it and of the step.
             Without one, modules with layers known to be random use 0, and anything else, such as a `functional.dropout`
             in a forward method, draws from torch's global generator. With one, a step costs the host slightly more, and
@@ -110,14 +138,16 @@ def make_train_step(
 
     Raises:
         ValueError: `decay` or `precision` is unknown, or `weight_decay` is given where it would be ignored; or `model`
-            is not a Model.
+            is not a Model, or `optimizer` none of `optim`. The step raises one for a batch that is not such a pair, and
+            for labels that are not class numbers of shape (n,).
     """
-    check_model(model)
+    check_model(model, _FOR_OTHERS)
+    check_optimizer(optimizer)
     check_precision(precision)
     gradient = _make_gradient(model, decay, weight_decay, precision, seed, summed=reduce is not None)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        images, labels = load(batch)
+        images, labels = _loaded(load, batch)
         scale = state.opt_state.scale if isinstance(state.opt_state, Scaled) else None
         grads, (loss, logits, batch_stats) = gradient(state, images, labels, scale)
         metrics = _metrics(loss * len(labels), logits, labels)
@@ -156,7 +186,7 @@ def scan(step: Step, batch_size: int) -> Step:
 def make_gradients(
     model: Model,
     *,
-    load: Load = tuple,
+    load: Load = pair,
     decay: Decay = "parameters",
     weight_decay: float = 0.0,
     precision: Precision = "fp32",
@@ -170,7 +200,7 @@ def make_gradients(
     gradient = _make_gradient(model, decay, weight_decay, precision, seed, summed=reduce is not None)
 
     def gradients(state: TrainState, batch: Any) -> Params:
-        images, labels = load(batch)
+        images, labels = _loaded(load, batch)
         grads, (loss, logits, batch_stats) = gradient(state, images, labels, None)
         if reduce is not None:
             grads, _, _ = reduce(len(labels), grads, batch_stats, _metrics(loss, logits, labels))
@@ -179,7 +209,7 @@ def make_gradients(
     return gradients
 
 
-def make_eval_step(model: Model, *, load: Load = tuple, precision: Precision = "fp32") -> EvalStep:
+def make_eval_step(model: Model, *, load: Load = pair, precision: Precision = "fp32") -> EvalStep:
     """Builds `eval_step((weights, batch_stats), batch) -> metrics`, under the running statistics.
 
     It takes the weights (`model.weights(params)`) and not the parameters, so that an evaluation over many batches
@@ -191,7 +221,7 @@ def make_eval_step(model: Model, *, load: Load = tuple, precision: Precision = "
     @torch.no_grad()
     def eval_step(network: tuple[dict[str, Tensor], BatchStats], batch: Any) -> Metrics:
         weights, batch_stats = network
-        images, labels = load(batch)
+        images, labels = _loaded(load, batch)
         with autocast(precision, images.device):
             logits, _ = model.forward(weights, batch_stats, images, train=False)
         logits = _loss_dtype(logits, precision)
@@ -232,7 +262,7 @@ def evaluate(
     return total
 
 
-def make_calibration_step(model: Model, *, load: Load = tuple, precision: Precision = "fp32") -> CalibrationStep:
+def make_calibration_step(model: Model, *, load: Load = pair, precision: Precision = "fp32") -> CalibrationStep:
     """Builds `step((weights, batch_stats), batch) -> ((weights, new batch_stats), ())`: the forward pass of training
     alone, in the form of a step, which can be compiled and captured as such.
 
@@ -462,6 +492,17 @@ _NO_HOOKS = (
 
 def _loss_dtype(logits: Tensor, precision: Precision) -> Tensor:
     return logits.float() if precision in LOW else logits
+
+
+def _loaded(load: Load, batch: Any) -> tuple[Any, Tensor]:
+    """What `load` makes of a batch, when the labels are seen to be what accuracy and mean loss are defined for."""
+    images, labels = load(batch)
+    if labels.dim() != 1 or labels.dtype not in (torch.int64, torch.uint8):
+        raise ValueError(
+            f"labels: got {tree.describe(labels)}, expected the number of a class for each example, int64[n]; "
+            "for another loss use torch.func.grad with Model.apply"
+        )
+    return images, labels
 
 
 def _metrics(loss: Tensor, logits: Tensor, labels: Tensor) -> Metrics:

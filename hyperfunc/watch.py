@@ -128,7 +128,6 @@ class Watch:
         self._store = store
         self._rank = rank
         self._world = world
-        self._timeout = timeout
         self._received = received
         self._say = say
         self._apart = apart

@@ -355,6 +355,31 @@ def test_a_state_that_keeps_its_past_is_captured_whole(device: str) -> None:
         assert found == [1 + count, count, count]
 
 
+def test_what_a_step_leaves_alone_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded.install(monkeypatch)
+    copied: list[int] = []
+    overwrite = capture._overwrite
+
+    def count(into: list[Tensor], values: list[Tensor]) -> None:
+        copied.append(len(into))
+        overwrite(into, values)
+
+    monkeypatch.setattr(capture, "_overwrite", count)
+
+    def step(state: dict[str, Tensor], batch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        # Of the first two each becomes what the other was.
+        return {"a": state["b"], "b": state["a"], "sum": state["sum"] + batch, "fixed": state["fixed"]}, state["fixed"]
+
+    state = {name: torch.full((2,), float(value)) for value, name in enumerate(("a", "b", "sum", "fixed"))}
+    captured = capture.capture(step, state, torch.ones(2))
+    assert copied[-1] == 3
+    mine, seen = captured(state, torch.ones(2))
+    assert [float(leaf[0]) for leaf in mine.values()] == [1, 0, 3, 3]
+    mine, _ = captured(mine, torch.ones(2))
+    assert [float(leaf[0]) for leaf in mine.values()] == [0, 1, 4, 3]
+    assert seen.untyped_storage().data_ptr() != mine["fixed"].untyped_storage().data_ptr()
+
+
 def test_what_was_captured_is_not_captured_again(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recordings = []
     record = capture._record

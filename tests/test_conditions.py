@@ -377,6 +377,13 @@ def test_modules_that_cannot_encode_are_named(module: Any, message: str) -> None
         unchecked(conditions.from_module)(module, 3)
 
 
+def test_an_encoder_that_returns_no_tensor_is_named(generator: Generator) -> None:
+    model = hf.conditional(hf.hyper_resnet(10, z_dim=4), conditions.from_module(nn.GRU(2, 3, batch_first=True), 3))
+    params, _ = model.init(generator)
+    with pytest.raises(ValueError, match="encoder: got a tuple, expected a tensor of codes; around a recurrent layer"):
+        model.at(params, torch.zeros(5, 2))
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="encoder: got Linear, expected an Encoder; conditions.from_module makes one"):
         unchecked(hf.conditional)(hf.hyper_resnet(10), nn.Linear(2, 2))
@@ -384,12 +391,16 @@ def test_bad_input() -> None:
         unchecked(hf.conditional)(hf.conditional(hf.hyper_resnet(10), conditions.table(2)), conditions.table(2))
     with pytest.raises(ValueError, match="model: it generates none of its weights"):
         hf.conditional(hf.resnet(10), conditions.table(2))
-    with pytest.raises(ValueError, match="code_dim 0, expected at least 1"):
+    with pytest.raises(ValueError, match="code_dim: got 0, expected at least 1"):
         hf.conditional(hf.hyper_resnet(10), conditions.from_module(nn.Linear(2, 2), 0))
     with pytest.raises(ValueError, match="count: got 0"):
         conditions.table(0)
-    with pytest.raises(ValueError, match="count: got 2.5, expected at least 1 task, as a whole number"):
+    with pytest.raises(ValueError, match="count: got 2.5, expected at least 1, as a whole number"):
         unchecked(conditions.table)(2.5)
+    with pytest.raises(
+        ValueError, match=r"low: got 0.0, expected a bound for each entry of the vector, such as \[0.0\]"
+    ):
+        unchecked(conditions.bounded)(0.0, 1.0)
     with pytest.raises(ValueError, match="got 1 and 2 bounds"):
         conditions.bounded([0], [1, 2])
     with pytest.raises(ValueError, match="low, high: got 1 and 1"):

@@ -202,11 +202,17 @@ def test_bad_input(generator: Generator) -> None:
     model = hf.hyper_resnet(10, z_dim=4)
     with pytest.raises(ValueError, match="n: got 0, expected at least 1"):
         hf.ensemble(model, 0)
-    with pytest.raises(ValueError, match="n: got 2.5, expected at least 1 member, as a whole number"):
+    with pytest.raises(ValueError, match="n: got 2.5, expected at least 1, as a whole number"):
         unchecked(hf.ensemble)(model, 2.5)
     with pytest.raises(ValueError, match="model: got Conditional, expected a Model; .* its `model`"):
         unchecked(hf.ensemble)(hf.conditional(model, hf.conditions.table(2)), 2)
     members = hf.ensemble(model, 2)
+    with pytest.raises(
+        ValueError, match=r"members: got Model, expected an Ensemble, as ensemble\(model, n\) makes one"
+    ):
+        unchecked(ensembles.init_state)(model, optim.adam(0.1), generator)
+    with pytest.raises(ValueError, match="optimizer: got a SGD, expected an Optimizer of hyperfunc.optim"):
+        unchecked(ensembles.init_state)(members, torch.optim.SGD([torch.zeros(1)]), generator)
     params, batch_stats = members.init(generator)
     single, single_stats = model.init(generator)
     images = torch.zeros(4, 3, 8, 8)

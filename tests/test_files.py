@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from helpers import ROOT
 
-from hyperfunc.files import beside, lock_for, read_tensors, sweep, temporary_name, write_bytes, write_tensors
+from hyperfunc.files import beside, lock_for, read_tensors, remove_leftovers, temporary_name, write_bytes, write_tensors
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).view(3, 4),
@@ -85,7 +85,7 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
     others = [".file.metrics.jsonl.0123abcd.tmp", ".file.pth.1.0123abcd.tmp", ".file.pth.mine.tmp", "file.pth"]
     for name in (".file.pth.0123abcd.tmp", temporary_name(tmp_path / "file.pth").name, *others):
         (tmp_path / name).write_text("")
-    sweep(tmp_path / "file.pth")
+    remove_leftovers(tmp_path / "file.pth")
     assert sorted(p.name for p in tmp_path.iterdir()) == others
 
 

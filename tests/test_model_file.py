@@ -1,6 +1,7 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_trees_equal, unchecked
@@ -125,3 +126,29 @@ def test_what_is_of_several_networks_is_saved_whole_as_a_checkpoint(tmp_path: Pa
         checkpoint.save(tmp_path / "whole", {"best": (params, batch_stats)}, {})
         found = checkpoint.restore(checkpoint.load(tmp_path / "whole"), "best", several.init(torch.Generator()))
         assert tree.equal(found, (params, batch_stats))
+
+
+def test_sizes_of_other_types_of_integers_are_saved_as_ints(tmp_path: Path, generator: Generator) -> None:
+    sizes = {"z_dim": np.int64(4), "hidden_dim": np.int32(5)}
+    classes = unchecked(lambda labels: labels.max() + 1)(np.array([0, 2, 1]))
+    convolutions = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1))
+    for model, module in (
+        (unchecked(hf.hyper_resnet)(np.int64(10), torch.tensor(1), classes, **sizes), None),
+        (unchecked(hf.resnet)(np.int64(10), torch.tensor(1), classes), None),
+        (unchecked(hf.hyperize)(convolutions, unit=np.array([8, 8]), **sizes), convolutions),
+    ):
+        params, batch_stats = model.init(generator)
+        hf.save(tmp_path / "model.pth", model, params, batch_stats)
+        loaded, *found = hf.load(tmp_path / "model.pth", module)
+        assert {**loaded.recipe} == model.recipe
+        assert_trees_equal(tree.named_leaves(tuple(found)), tree.named_leaves((params, batch_stats)))
+
+
+@pytest.mark.parametrize("notes", [{"x": torch.zeros(1)}, {"x": float("nan")}, {"x": Path("y")}])
+def test_notes_that_json_cannot_hold_are_refused_and_nothing_is_written(
+    tmp_path: Path, generator: Generator, notes: dict[str, object]
+) -> None:
+    model = hf.hyper_resnet(10, z_dim=4)
+    with pytest.raises(ValueError, match="notes: .* expected what JSON can hold: texts, finite numbers"):
+        hf.save(tmp_path / "model.pth", model, *model.init(generator), notes=notes)
+    assert not any(tmp_path.iterdir())

@@ -128,6 +128,7 @@ def test_cosine_with_warmup() -> None:
         (lambda: optim.cosine(0.1, 10, warmup=10), "warmup: got 10, expected at least 0 and less than the 10 steps"),
         (lambda: optim.cosine(0.1, 0), "steps: got 0"),
         (lambda: optim.multistep(0.1, 0, 5), "epochs: got 0"),
+        (lambda: optim.multistep(0.1, 100, 5, at=(30, 60, 80)), "at: got 30, expected at least 0 and less than 1"),
         (lambda: optim.paper(0.1, -1), "steps: got -1"),
     ],
 )

@@ -1,5 +1,4 @@
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import oracle
 import pytest
@@ -351,13 +350,56 @@ def test_bad_input(generator: Generator) -> None:
     with pytest.raises(ValueError, match=r"weight_decay: got 0.1 with decay='parameters'"):
         training.make_train_step(model, optimizer, weight_decay=0.1)
     conditional = hf.conditional(model, hf.conditions.table(2))
-    for make in (
-        partial(unchecked(training.make_train_step), optimizer=optimizer),
-        unchecked(training.make_gradients),
-        unchecked(training.make_eval_step),
-    ):
+    for make in unchecked(training.make_gradients), unchecked(training.make_eval_step):
         with pytest.raises(ValueError, match="model: got Conditional, expected a Model; that of a Conditional"):
             make(conditional)
+    init_state, make_train_step = unchecked(training.init_state), unchecked(training.make_train_step)
+    for other in conditional, hf.ensemble(model, 2):
+        expected = (
+            f"model: got {type(other).__name__}, expected a Model; for an Ensemble .* ensembles.map_step; for a Cond"
+        )
+        with pytest.raises(ValueError, match=expected):
+            make_train_step(other, optimizer)
+        with pytest.raises(ValueError, match=expected):
+            init_state(other, optimizer, generator)
+    for what, kind in (optim.adam, "function"), (torch.optim.Adam([torch.zeros(1)]), "Adam"):
+        expected = rf"optimizer: got a {kind}, expected an Optimizer of hyperfunc.optim, as adam\(0.002\)"
+        with pytest.raises(ValueError, match=expected):
+            make_train_step(model, what)
+        with pytest.raises(ValueError, match=expected):
+            init_state(model, what, generator)
+        with pytest.raises(ValueError, match=expected):
+            unchecked(optim.scaled)(what)
     params, batch_stats = model.init(generator)
     with pytest.raises(ValueError, match="batches: got none"):
         training.evaluate(model, params, batch_stats, [])
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (
+            torch.zeros(2, 3, 8, 8),
+            r"batch: got a Tensor, expected a pair \(images, labels\); `load` makes it of another",
+        ),
+        ({"images": torch.zeros(2, 3, 8, 8), "labels": torch.zeros(2)}, "batch: got a dict of 2, expected a pair"),
+        ((torch.zeros(2, 3, 8, 8),), "batch: got a tuple of 1, expected a pair"),
+        (
+            (torch.zeros(2, 3, 8, 8), torch.zeros(2, 10)),
+            r"labels: got float32\[2, 10\], expected the number of a class",
+        ),
+        ((torch.zeros(2, 3, 8, 8), torch.zeros(2)), r"labels: got float32\[2\], expected"),
+        ((torch.zeros(2, 3, 8, 8), torch.zeros(2, 1).long()), r"labels: got int64\[2, 1\], expected"),
+    ],
+)
+def test_a_batch_that_is_no_pair_of_images_and_class_numbers_is_refused(
+    generator: Generator, batch: Any, message: str
+) -> None:
+    model, optimizer = hf.hyper_resnet(10, z_dim=4), optim.adam(0.1)
+    state = training.init_state(model, optimizer, generator)
+    steps = training.make_train_step(model, optimizer), unchecked(training.make_gradients)(model)
+    for step in steps:
+        with pytest.raises(ValueError, match=message):
+            step(state, batch)
+    with pytest.raises(ValueError, match=message):
+        training.evaluate(model, state.params, state.batch_stats, [batch])

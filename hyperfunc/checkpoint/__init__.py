@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from hyperfunc import tree
+from hyperfunc.arguments import some
 from hyperfunc.files import read_tensors, write_tensors
 
 FORMAT = 2
@@ -29,12 +30,13 @@ def save(
     Args:
         path: The file.
         trees: Pytrees by name.
-        notes: What else the reader needs.
+        notes: What else the reader needs, as JSON can hold it.
         keep_old_as: A name under which the file that stands at `path` now is kept.
 
     Raises:
         FileExistsError: The name `keep_old_as` is taken.
         OSError: The file cannot be written; an older one stands as it was.
+        ValueError: JSON cannot hold the notes.
     """
     write_tensors(path, named(trees), {"format": FORMAT, "notes": dict(notes)}, keep_old_as=keep_old_as)
 
@@ -67,10 +69,10 @@ def restore(checkpoint: Checkpoint, name: str, like: Any, *, any_dtype: bool = F
         any_dtype: Whether floating-point numbers may be of another type than those of `like`.
 
     Raises:
-        ValueError: The checkpoint's leaves are others than those of `like`; the message names each.
+        ValueError: The checkpoint's leaves are others than those of `like`; the message names them.
     """
     if found := differences(checkpoint, name, like, any_dtype=any_dtype):
-        raise ValueError(f"the checkpoint holds another network: {'; '.join(found)}")
+        raise ValueError(f"the checkpoint holds another network: {some(found, between='; ')}")
     paths = _paths(name, like)
     return tree.replace_leaves(like, [checkpoint.tensors[path].to(leaf.device) for path, leaf in paths.items()])
 
