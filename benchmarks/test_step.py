@@ -138,7 +138,7 @@ PRECISIONS: dict[str, list[Precision]] = {"cuda": ["fp32", "tf32", "bf16", "fp16
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("batch_size", [128, 1024] if ON_GPU else [8])
+@pytest.mark.parametrize("batch_size", [128, 1024] if ON_GPU else [128])
 @pytest.mark.parametrize("number_format", PRECISIONS["cuda" if ON_GPU else "cpu"])
 def test_precision(
     benchmark: BenchmarkFixture, device: torch.device, number_format: Precision, batch_size: int
