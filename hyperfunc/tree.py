@@ -1,6 +1,6 @@
 """Pytrees: nested NamedTuples, dicts, lists and tuples with tensors at the leaves.
 
-The names follow `jax.tree`. Every use of `torch.utils._pytree` in the package is here, because that module is private
+The names follow `jax.tree`, but that `flatten` gives a function that rebuilds the tree. Every use of `torch.utils._pytree` in the package is here, because that module is private
 to torch and may move.
 """
 
