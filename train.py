@@ -461,7 +461,7 @@ def train(run: Run, interrupts: Interrupts, reporter: Reporter) -> population.Me
         bars.figures(run=best_so_far(progress))
         while progress.epoch < config.epochs:
             started = time.perf_counter() - progress.seconds
-            pace = Pace()
+            pace = Pace(run.images_read)
             draw = tree.to(data.draw_epoch(config.seed, progress.epoch, count, flip=run.dataset.flip), run.device)
             bars.begin_epoch(progress.epoch, progress.batch)
             try:
@@ -503,23 +503,27 @@ def next_rows(run: Run, draw: data.Draw, every: Every) -> tuple[data.Draw, int]:
 
 
 class Pace:
-    """Images a second since it was made, by what is known to be done."""
+    """Images a second since it was made, by what is known to be done.
 
-    def __init__(self) -> None:
+    Args:
+        images: How many were done before.
+    """
+
+    def __init__(self, images: int) -> None:
         self._started = self._last = time.perf_counter()
-        self._images = 0
+        self._first = self._images = images
 
     def note(self, images: int) -> float:
-        """Images a second since the last note; so many of them are done since then."""
+        """Images a second since the last note; so many of them are done by now, in all."""
         now = time.perf_counter()
-        self._last, seconds = now, now - self._last
-        self._images += images
-        return images / max(seconds, 1e-9)
+        speed = (images - self._images) / max(now - self._last, 1e-9)
+        self._last, self._images = now, images
+        return speed
 
     @property
     def average(self) -> float:
         """Images a second up to the last note."""
-        return self._images / max(self._last - self._started, 1e-9)
+        return (self._images - self._first) / max(self._last - self._started, 1e-9)
 
 
 def is_due(every: Every, run: Run) -> bool:
@@ -536,7 +540,8 @@ def report(run: Run, rows: data.Draw, reporter: Reporter, bars: TrainingBars, pa
         FloatingPointError: A loss is not finite. Nothing has been saved since the last finite report.
     """
     config, progress = run.config, run.progress
-    images_per_second = pace.note(read_metrics(run))
+    read_metrics(run)
+    images_per_second = pace.note(run.images_read)
     loss, accuracy = loss_and_accuracy(run.report_totals)
     run.report_totals = no_metrics(run.device)
     rate = float(run.optimizer.learning_rate(run.state.step - 1))

@@ -115,7 +115,8 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
 
     At init every entry of a code has a table of embeddings drawn like the model's own; since a code has length 1, the
     mixture has the variance that each layer calls for, whatever the condition. The encoder's codes are brought to
-    length 1 here. A code of zeros stays zeros, and leaves the generator's biases.
+    length 1 here. A code of zeros stays zeros, and leaves the generator's biases; it has no direction, and near it
+    gradients grow without bound: start codes that are trained themselves away from it.
 
     Raises:
         ValueError: The model generates nothing, or is not a Model; `encoder` is not an Encoder, or its code has no
@@ -153,14 +154,16 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
             raise ValueError(
                 f"encoder: for {len(conditions)} conditions of shape {tuple(conditions.shape[1:])} got codes of shape "
                 f"{tuple(found.shape)}, expected {(len(conditions), encoder.code_dim)}; set code_dim to the "
-                "size of the encoder's output, and let the encoder keep the first dimension"
+                "size of the encoder's output, and let the encoder keep the first dimension; for a condition for each "
+                "sample there is apply_each"
             )
         if found.is_complex():
             raise ValueError(
                 f"encoder: got {tree.dtype_name(found.dtype)} codes, expected real ones; give it conditions "
                 "of real numbers, as torch.view_as_real makes them"
             )
-        return F.normalize(found, dim=1)
+        # The usual least length is 0 in fp16, and a code of zeros would be divided by it.
+        return F.normalize(found, dim=1, eps=max(1e-12, torch.finfo(found.dtype).tiny))
 
     def mix(params: ConditionalParams, code: Float[Tensor, "code"]) -> Params:
         tables = params.model.embeddings
@@ -206,7 +209,8 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
             index = torch.arange(len(conditions), device=conditions.device)
             outputs, new_stats = torch.vmap(one, randomness="different")(codes(params, conditions), index, singles)
         # The statistics are those of the whole batch, and so the same from every sample.
-        return tree.map(lambda leaf: leaf.flatten(0, 1), outputs), tree.map(lambda leaf: leaf[0].clone(), new_stats)
+        outputs = tree.map(lambda leaf: leaf.flatten(0, 1) if leaf.dim() > 1 else leaf, outputs)
+        return outputs, tree.map(lambda leaf: leaf[0].clone(), new_stats)
 
     return Conditional(init, apply, apply_each, at, kernels, weights, model, encoder)
 
@@ -226,7 +230,7 @@ def table(count: int) -> Encoder:
         if conditions.dim() != 1 or not whole:
             raise ValueError(
                 f"condition: got {tree.describe(conditions[0])}, expected the number of a task, an integer tensor of "
-                "shape () for one condition and (n,) for a batch"
+                "shape () for one condition and (n,) for a batch; for a condition for each sample there is apply_each"
             )
         conditions = conditions.long()  # as an index uint8 would be a mask
         if tree.is_readable(conditions) and not bool(((conditions >= 0) & (conditions < count)).all()):

@@ -247,8 +247,9 @@ def _share_explained(target: Tensor, fitted: Tensor) -> float:
     target = target.detach().double().to(fitted.device)
     error = (target - fitted).square().sum().item()
     total = (target - target.mean()).square().sum().item()
-    if total == 0:
-        return 1.0 if error == 0 else 0.0
+    if total == 0:  # of a constant, such as a layer of zeros: equal in float32, or not
+        scale = max(target.square().sum().item(), target.numel())
+        return 1.0 if error <= scale * torch.finfo(torch.float32).eps ** 2 else 0.0
     return 1 - error / total
 
 

@@ -257,6 +257,10 @@ def from_recipe(recipe: Mapping[str, Any], module: nn.Module | None = None) -> M
         return functions[function](*[module] if module is not None else [], **arguments)
     except TypeError as error:
         raise ValueError(f"recipe: {error}; it was written by another version of hyperfunc") from None
+    except ValueError as error:
+        if module is None:
+            raise
+        raise ValueError(f"module: it is not the one that the model was made of: {error}") from None
 
 
 def check_model(

@@ -99,6 +99,7 @@ def adam(
         return Moments(torch.zeros_like(vector), torch.zeros_like(vector))
 
     def update(grads: Any, opt_state: Moments, params: Any, step: Int[Tensor, ""]) -> tuple[Any, Moments]:
+        _check_step(step)
         g, _ = tree.ravel(grads)
         theta, unravel = tree.ravel(params)
         lr = schedule(step)
@@ -137,6 +138,7 @@ def sgd(learning_rate: float | Schedule, *, momentum: float = 0.9, weight_decay:
         return Momentum(torch.zeros_like(vector))
 
     def update(grads: Any, opt_state: Momentum, params: Any, step: Int[Tensor, ""]) -> tuple[Any, Momentum]:
+        _check_step(step)
         g, _ = tree.ravel(grads)
         theta, unravel = tree.ravel(params)
         if weight_decay:
@@ -296,6 +298,13 @@ def _as_schedule(learning_rate: float | Schedule) -> Schedule:
 def _check_rate(name: str, value: float) -> None:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}: got {value}, expected a finite number of at least 0")
+
+
+def _check_step(step: Any) -> None:
+    if not isinstance(step, Tensor):
+        raise ValueError(
+            f"step: got {step!r}, expected a tensor, such as torch.tensor(0), which compiled code can vary"
+        )
 
 
 def _check_fraction(name: str, value: float) -> None:

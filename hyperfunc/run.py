@@ -61,6 +61,8 @@ class Run:
     """Of the batches of this epoch that have been read."""
     report_totals: Metrics
     """Of those among them that no line has shown yet."""
+    images_read: int = 0
+    """Of the batches, since the program began, whose metrics have been read."""
     unread: list[Metrics] = field(default_factory=list)
     """Of the batches after those, a row for each; reading them means waiting for the device."""
     calibration_step: training.CalibrationStep | None = None
@@ -119,14 +121,14 @@ def loss_and_accuracy(metrics: Metrics) -> tuple[float, float]:
     return loss / count, 100 * correct / count
 
 
-def read_metrics(run: Run) -> int:
-    """Reads the metrics of the batches that are unread, all at once, adds them up, and returns how many images it was.
+def read_metrics(run: Run) -> None:
+    """Reads the metrics of the batches that are unread, all at once, and adds them up.
 
     Raises:
         FloatingPointError: A loss is not finite. Nothing has been saved since the last finite one.
     """
     if not run.unread:
-        return 0
+        return
     rows = tree.map(lambda *values: torch.cat(values), *run.unread)
     sums = tree.map(lambda total, values: values.sum(dtype=total.dtype), run.epoch_totals, rows)
     run.epoch_totals = tree.map(torch.add, run.epoch_totals, sums)
@@ -138,7 +140,7 @@ def read_metrics(run: Run) -> int:
             run.progress.batch += offset
             raise FloatingPointError(not_finite(run, f"the loss is {loss} at"))
     run.unread.clear()
-    return sum(counts)
+    run.images_read += sum(counts)
 
 
 def check_finite(run: Run) -> None:

@@ -224,7 +224,7 @@ def make_eval_step(model: Model, *, load: Load = pair, precision: Precision = "f
         images, labels = _loaded(load, batch)
         with autocast(precision, images.device):
             logits, _ = model.forward(weights, batch_stats, images, train=False)
-        logits = _loss_dtype(logits, precision)
+        logits = _loss_dtype(logits)
         return _metrics(F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
 
     return eval_step
@@ -366,7 +366,7 @@ def _make_objective(
                 weights = model.weights(params)
                 constant = {name: weights[name].detach() for name in silent}
                 logits, batch_stats = model.forward({**weights, **constant}, old_stats, images, train=True, seed=seed)
-            logits = _loss_dtype(logits, precision)
+            logits = _loss_dtype(logits)
             loss = F.cross_entropy(logits, labels)
             total = loss
             if weight_decay:
@@ -490,8 +490,9 @@ _NO_HOOKS = (
 )
 
 
-def _loss_dtype(logits: Tensor, precision: Precision) -> Tensor:
-    return logits.float() if precision in LOW else logits
+def _loss_dtype(logits: Tensor) -> Tensor:
+    """A loss in 16 bits, of a model in them too, could not be added up: a sum of many stops growing."""
+    return logits.float() if logits.dtype in LOW.values() else logits
 
 
 def _loaded(load: Load, batch: Any) -> tuple[Any, Tensor]:

@@ -1,7 +1,7 @@
 """Pytrees: nested NamedTuples, dicts, lists and tuples with tensors at the leaves.
 
-The names follow `jax.tree`, but that `flatten` gives a function that rebuilds the tree. Every use of `torch.utils._pytree` in the package is here, because that module is private
-to torch and may move.
+The names follow `jax.tree`, but that `flatten` gives a function that rebuilds the tree. Every use of
+`torch.utils._pytree` in the package is here, because that module is private to torch and may move.
 """
 
 # torch.compile cannot trace the evaluation of an annotation, and functions are defined inside of what it traces.
@@ -52,8 +52,21 @@ def replace_leaves(tree: Tree, new: Sequence[Any]) -> Tree:
     return flatten(tree)[1](new)
 
 
+def check_tensors(name: str, tree: Any) -> None:
+    """Raises a ValueError that names the first leaf that is no tensor; `name` is what the tree is called."""
+    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+        if not isinstance(leaf, Tensor):
+            where = f" at {'/'.join(_key_name(key) for key in path)}" if path else ""
+            raise ValueError(f"{name}: got a {type(leaf).__name__}{where}, expected tensors at the leaves")
+
+
 def num_params(tree: Any) -> int:
-    """The number of scalars in all leaves together."""
+    """The number of scalars in all leaves together.
+
+    Raises:
+        ValueError: A leaf is no tensor, as where a module is given and not its parameters.
+    """
+    check_tensors("tree", tree)
     return sum(leaf.numel() for leaf in leaves(tree))
 
 

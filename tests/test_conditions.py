@@ -377,6 +377,36 @@ def test_modules_that_cannot_encode_are_named(module: Any, message: str) -> None
         unchecked(conditions.from_module)(module, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_code_of_zeros_leaves_the_generators_biases(dtype: torch.dtype, generator: Generator) -> None:
+    base = hf.hyperize(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), targets="*.weight", unit=(4, 4), z_dim=2)
+    model = hf.conditional(base, hf.Encoder(lambda _generator: {}, lambda _params, codes: codes, 3))
+    params, _ = tree.to(model.init(generator), dtype)
+    kernels = model.kernels(params, torch.zeros(3, dtype=dtype))
+    assert all(bool((kernel == 0).all()) for kernel in kernels.values())  # as fresh biases are
+
+
+def test_each_sample_may_have_one_number_as_output(generator: Generator) -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.linear(x)
+            return y, y.mean()
+
+    base = hf.hyperize(Mean(), targets="linear.weight", unit=(4, 4), z_dim=2)
+    model = hf.conditional(base, conditions.table(3))
+    params, batch_stats = model.init(generator)
+    tasks, x = torch.tensor([0, 2, 1, 2]), torch.randn(4, 4, generator=generator)
+    (outputs, means), _ = model.apply_each(params, batch_stats, tasks, x, train=False)
+    assert (outputs.shape, means.shape) == ((4, 4), (4,))
+    for index, task in enumerate(tasks):
+        (_, mean), _ = model.apply(params, batch_stats, task, x[index : index + 1], train=False)
+        torch.testing.assert_close(means[index], mean)
+
+
 def test_an_encoder_that_returns_no_tensor_is_named(generator: Generator) -> None:
     model = hf.conditional(hf.hyper_resnet(10, z_dim=4), conditions.from_module(nn.GRU(2, 3, batch_first=True), 3))
     params, _ = model.init(generator)

@@ -253,3 +253,11 @@ def test_what_does_not_fit(generator: Generator) -> None:
         hf.fit_embeddings(model, good, sweeps=-1)
     with pytest.raises(ValueError, match="tolerance: got -1"):
         hf.fit_embeddings(model, good, tolerance=-1.0)
+
+
+def test_a_layer_of_zeros_that_is_met_is_explained() -> None:
+    module = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    nn.init.zeros_(module.get_parameter("1.weight"))
+    model = hf.hyperize(module, targets="*.weight", unit=(8, 8), z_dim=16)
+    fit = hf.fit_embeddings(model, module.state_dict())
+    assert fit.explained["1.weight"] == 1.0, str(fit)

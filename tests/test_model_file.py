@@ -152,3 +152,18 @@ def test_notes_that_json_cannot_hold_are_refused_and_nothing_is_written(
     with pytest.raises(ValueError, match="notes: .* expected what JSON can hold: texts, finite numbers"):
         hf.save(tmp_path / "model.pth", model, *model.init(generator), notes=notes)
     assert not any(tmp_path.iterdir())
+
+
+def test_what_is_no_tensor_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="trees: got a float at adam/lr, expected tensors at the leaves"):
+        unchecked(checkpoint.save)(tmp_path / "a.pth", {"adam": {"lr": 0.1}}, {})
+    with pytest.raises(ValueError, match="tree: got a Linear, expected tensors at the leaves"):
+        hf.num_params(nn.Linear(2, 2))
+    assert not any(tmp_path.iterdir())
+
+
+def test_another_module_than_the_models_is_named(tmp_path: Path, generator: Generator) -> None:
+    model = hf.hyperize(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)), targets="2.weight", z_dim=2)
+    hf.save(tmp_path / "model.pth", model, *model.init(generator))
+    with pytest.raises(ValueError, match="module: it is not the one that the model was made of: targets: "):
+        hf.load(tmp_path / "model.pth", nn.Sequential(nn.Linear(16, 16)))

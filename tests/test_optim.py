@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_trees_equal
+from helpers import assert_trees_equal, unchecked
 from torch import Generator, Tensor
 
 from hyperfunc import optim, tree
@@ -199,3 +199,10 @@ def test_a_scale_that_cannot_be() -> None:
             optim.scaled(optim.sgd(0.1), first=first)
     with pytest.raises(ValueError, match="grow_after: got 0, expected at least 1"):
         optim.scaled(optim.sgd(0.1), grow_after=0)
+
+
+@pytest.mark.parametrize("optimizer", [optim.adam(0.1), optim.sgd(0.1), optim.adam(optim.cosine(0.1, 9))])
+def test_a_number_as_step_is_refused(optimizer: Optimizer) -> None:
+    params = {"a": torch.zeros(2)}
+    with pytest.raises(ValueError, match=r"step: got 0, expected a tensor, such as torch.tensor\(0\), which"):
+        unchecked(optimizer.update)(params, optimizer.init(params), params, 0)

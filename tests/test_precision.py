@@ -1,7 +1,8 @@
 import pytest
 import torch
 from helpers import unchecked
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
 import hyperfunc as hf
 from hyperfunc import optim, precision, training, tree
@@ -67,6 +68,22 @@ def test_evaluation_in_low_precision(low: Precision, generator: Generator) -> No
     assert found.loss.dtype == torch.float32
     assert found.loss != expected.loss
     assert abs(found.loss - expected.loss) < 2 * ROUNDING[low] * expected.loss
+
+
+@pytest.mark.parametrize("dtype", LOW.values())
+def test_losses_of_a_model_in_16_bits_are_added_up_in_32(dtype: torch.dtype, generator: Generator) -> None:
+    layers = nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10)
+    model = hf.hyperize(nn.Sequential(*layers), z_dim=4)
+    params, batch_stats = tree.to(model.init(generator), dtype)
+    x, labels = torch.randn(40_000, 16, generator=generator).to(dtype), torch.arange(40_000) % 10
+    batches = zip(x.split(100), labels.split(100), strict=True)
+    logits, _ = model.apply(params, batch_stats, x, train=False)
+    expected = F.cross_entropy(logits.double(), labels)
+    metrics = training.evaluate(model, params, batch_stats, batches)
+    assert float(metrics.mean_loss) == pytest.approx(float(expected), rel=1e-4)
+    optimizer = optim.sgd(0.1)
+    state = tree.to(training.init_state(model, optimizer, generator), dtype)
+    assert training.make_train_step(model, optimizer)(state, (x[:8], labels[:8]))[1].loss.dtype == torch.float32
 
 
 def test_fp16_learns_under_a_scaled_loss(generator: Generator) -> None:

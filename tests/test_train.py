@@ -676,3 +676,15 @@ def test_a_signal_during_the_evaluation_is_obeyed_and_lost_nothing(folder: Path,
 def test_loss_and_accuracy_are_means() -> None:
     metrics = training.Metrics(torch.tensor(6.0), torch.tensor(1), torch.tensor(4))
     assert loss_and_accuracy(metrics) == (1.5, 25.0)
+
+
+def test_the_speed_counts_pictures_that_a_save_came_upon(tmp_path: Path) -> None:
+    done = run_train(
+        *("--dataset", "synthetic", "--train-size", "300", "--batch-size", "10", "--epochs", "1"),
+        *("--report-every", "50", "--checkpoint-every", "1b", "--checkpoint-path", "run.pth"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = (row for row in journal.read_rows(tmp_path / "run.metrics.jsonl") if row["kind"] == "epoch")
+    # The time of the epoch holds that of its steps.
+    assert row["images_per_second"] * row["epoch_time"] >= 300

@@ -36,8 +36,9 @@ def save(
     Raises:
         FileExistsError: The name `keep_old_as` is taken.
         OSError: The file cannot be written; an older one stands as it was.
-        ValueError: JSON cannot hold the notes.
+        ValueError: JSON cannot hold the notes, or a leaf is no tensor.
     """
+    tree.check_tensors("trees", trees)
     write_tensors(path, named(trees), {"format": FORMAT, "notes": dict(notes)}, keep_old_as=keep_old_as)
 
 
