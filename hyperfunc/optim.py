@@ -172,7 +172,8 @@ def scaled(optimizer: Optimizer, *, first: float = 2.0**16, grow_after: int = 20
         grow_after: See above.
 
     Raises:
-        ValueError: `optimizer` is none; `first` is not positive or not finite, or `grow_after` is not positive.
+        ValueError: `optimizer` is none of this module's; `first` is not positive or not finite, or `grow_after` is not
+            positive.
     """
     check_optimizer(optimizer)
     if not (math.isfinite(first) and first > 0):
