@@ -297,7 +297,7 @@ def set_up(
     return run
 
 
-def make_step(members: Sequence[Run]) -> training.Step:
+def make_step(members: Sequence[Run]) -> training.Step[training.Metrics]:
     """The step as it is, of one run or of several at once; with it the training pictures come to the device, once for
     all runs that share them."""
     run = members[0]
@@ -391,7 +391,7 @@ def steps_per_replay(run: Run) -> int:
 
 def make_engine(
     engine: str, together: int, members: Sequence[Run], printer: Printer
-) -> tuple[training.Step, training.EvalStep, training.CalibrationStep | None]:
+) -> tuple[training.Step[training.Metrics], training.EvalStep, training.CalibrationStep | None]:
     """The steps of training, of evaluation and of calibration by this engine, with so many of training in one graph."""
     run = members[0]
     step, eval_step, calibration_step, size = run.step, run.eval_step, run.calibration_step, run.config.batch_size

@@ -20,7 +20,7 @@ from hyperfunc import tree
 from hyperfunc.arguments import positive
 from hyperfunc.model import BatchStats, Forward, Model, Params, check_model
 from hyperfunc.optim import Optimizer, check_optimizer
-from hyperfunc.training import Step, TrainState
+from hyperfunc.training import M, Step, TrainState
 
 
 class Ensemble(NamedTuple):
@@ -130,7 +130,7 @@ def init_state(members: Ensemble, optimizer: Optimizer, generator: Generator) ->
     return TrainState(step, params, batch_stats, torch.vmap(optimizer.init)(params))
 
 
-def map_step(step: Step) -> Step:
+def map_step(step: Step[M]) -> Step[M]:
     """A training step of all members on the same batch, from a step of one; metrics have the members as first
     dimension.
 
@@ -140,6 +140,6 @@ def map_step(step: Step) -> Step:
     return torch.vmap(step, in_dims=(0, None), randomness="different")
 
 
-def map_step_each(step: Step) -> Step:
+def map_step_each(step: Step[M]) -> Step[M]:
     """`map_step` with a batch for each member: every leaf of the batch has the members as first dimension."""
     return torch.vmap(step, randomness="different")

@@ -17,7 +17,7 @@ from torch import Tensor
 from hyperfunc import data, tree
 from hyperfunc.exits import AFTER_SIGNAL
 from hyperfunc.interrupt import Interrupted
-from hyperfunc.training import Load, Metrics, Step, TrainState
+from hyperfunc.training import Load, M, Metrics, Step, TrainState
 
 Member = Generator[data.Draw, tuple[TrainState, Metrics], int]
 """A run: it yields the rows of its next step, is sent its new state and its metrics, and returns its exit code."""
@@ -33,7 +33,7 @@ class Rows(NamedTuple):
     member: Int[Tensor, "*n"]
 
 
-def map_step(step: Step) -> Step:
+def map_step(step: Step[M]) -> Step[M]:
     """A step of stacked states from a step of one; rows are `Rows`, examples first. Metrics have the
     members as first dimension."""
     return torch.vmap(step, in_dims=(0, 1), randomness="different")

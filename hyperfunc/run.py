@@ -48,7 +48,7 @@ class Run:
     optimizer: optim.Optimizer
     objective: dict[str, Any]
     """What `training.make_train_step` and `training.make_gradients` are to be told alike."""
-    step: training.Step = field(init=False)
+    step: training.Step[Metrics] = field(init=False)
     """Of one batch or several, with a row of metrics for each; made last, with the engine."""
     eval_step: training.EvalStep
     data_digest: str

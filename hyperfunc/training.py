@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.func import grad, vjp
 from torch.nn import functional as F
 
 from hyperfunc import data, tree
+from hyperfunc.conditions import Conditional
+from hyperfunc.differentiate import Differentiate, Function, make_differentiate
 from hyperfunc.model import BatchStats, Model, Params, check_model
 from hyperfunc.optim import Optimizer, Scaled, check_optimizer
 from hyperfunc.precision import LOW, Precision, autocast, check_precision
@@ -26,10 +27,17 @@ Load = Callable[[Any], tuple[Tensor, Tensor]]
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step."""
+    """All that changes from step to step.
+
+    Attributes:
+        step: How many were done.
+        params: The `Params` of a Model, or whatever else an objective for `make_step` takes.
+        batch_stats: The buffers that go with them.
+        opt_state: The optimizer's own.
+    """
 
     step: Int[Tensor, ""]
-    params: Params
+    params: Any
     batch_stats: BatchStats
     opt_state: Any
 
@@ -58,7 +66,10 @@ class Metrics(NamedTuple):
         return self.correct / self.total
 
 
-Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+M = TypeVar("M")
+
+Step = Callable[[TrainState, Any], tuple[TrainState, M]]
+"""`step(state, batch) -> (new state, metrics)`."""
 
 EvalStep = Callable[[tuple[dict[str, Tensor], BatchStats], Any], Metrics]
 
@@ -69,19 +80,18 @@ Reduce = Callable[[int, Params, BatchStats, Metrics], tuple[Params, BatchStats, 
 pictures of the part and the gradients of their summed loss, and gives those of the mean over the whole batch."""
 
 
-_FOR_OTHERS = (
-    "for an Ensemble there are ensembles.init_state and ensembles.map_step; for a Conditional write the loss yourself, "
-    "for torch.func.grad, and call the optimizer's `init` and `update`"
-)
+Objective = Callable[..., tuple[Tensor, tuple[BatchStats, Any]]]
+"""`objective(params, batch_stats, batch) -> (loss, (new batch_stats, metrics))`; see `make_step`."""
 
 
-def init_state(model: Model, optimizer: Optimizer, generator: torch.Generator) -> TrainState:
+def init_state(model: Model | Conditional, optimizer: Optimizer, generator: torch.Generator) -> TrainState:
     """A fresh state, on the generator's device, with the step at 0.
 
     Raises:
-        ValueError: `model` is not a Model, or `optimizer` none of `optim`.
+        ValueError: `model` is neither a Model nor a Conditional, or `optimizer` none of `optim`.
     """
-    check_model(model, _FOR_OTHERS)
+    if not isinstance(model, Conditional):
+        check_model(model, "for an Ensemble there is ensembles.init_state")
     check_optimizer(optimizer)
     params, batch_stats = model.init(generator)
     step = torch.zeros((), dtype=torch.int64, device=generator.device)
@@ -113,7 +123,7 @@ def make_train_step(
     precision: Precision = "fp32",
     seed: int | None = None,
     reduce: Reduce | None = None,
-) -> Step:
+) -> Step[Metrics]:
     """Builds `step(state, batch) -> (new state, metrics)`; the arguments are never written.
 
     The loss is the mean cross-entropy of the batch. With decay="generated" half of `weight_decay` times the squared
@@ -141,26 +151,69 @@ def make_train_step(
             is not a Model, or `optimizer` none of `optim`. The step raises one for a batch that is not such a pair, and
             for labels that are not class numbers of shape (n,).
     """
-    check_model(model, _FOR_OTHERS)
+    check_model(
+        model, "for an Ensemble there is ensembles.map_step, and for a Conditional or any other objective make_step"
+    )
     check_optimizer(optimizer)
     check_precision(precision)
     gradient = _make_gradient(model, decay, weight_decay, precision, seed, summed=reduce is not None)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         images, labels = _loaded(load, batch)
-        scale = state.opt_state.scale if isinstance(state.opt_state, Scaled) else None
-        grads, (loss, logits, batch_stats) = gradient(state, images, labels, scale)
+        grads, (loss, logits, batch_stats) = gradient(state, images, labels, _scale(state))
         metrics = _metrics(loss * len(labels), logits, labels)
         if reduce is not None:
             grads, batch_stats, metrics = reduce(len(labels), grads, batch_stats, metrics)
-        params, opt_state = optimizer.update(grads, state.opt_state, state.params, state.step)
-        new_state = TrainState(state.step + 1, params, batch_stats, opt_state)
-        return new_state, metrics
+        return _updated(state, optimizer, grads, batch_stats), metrics
 
     return step
 
 
-def scan(step: Step, batch_size: int) -> Step:
+def make_step(objective: Objective, optimizer: Optimizer, *, seed: int | None = None) -> Step[Any]:
+    """Builds `step(state, batch) -> (new state, metrics)` that descends an objective of the caller's own: any loss, any
+    inputs, a `Conditional`, several networks at once.
+
+        def objective(params, batch_stats, batch):
+            task, images, targets = batch
+            outputs, batch_stats = tasks.apply(params, batch_stats, task, images, train=True)
+            loss = F.mse_loss(outputs, targets)
+            return loss, (batch_stats, {"loss": loss})
+
+        state = training.init_state(tasks, optimizer, generator)
+        step = training.make_step(objective, optimizer)
+
+    The arguments are never written. The step can be scanned, compiled, captured, and mapped over members, as that of
+    `make_train_step`, if the objective can: it must be pure, and must not look at the values of tensors.
+
+    Args:
+        objective: `objective(params, batch_stats, batch) -> (loss, (new batch_stats, metrics))`, where `params` and
+            `batch_stats` are the state's, the loss is a single number, and the metrics are tensors, in any pytree. For
+            16 bits compute the network, but not the loss, under `precision.autocast`.
+        optimizer: From `optim`. Under `optim.scaled` it is given the gradients of the scaled loss.
+        seed: Seed of what the objective draws. With one it is called as `objective(..., seed=...)`, with a seed that is
+            a function of this one and of the step, for the `seed` of an `apply`.
+
+    Raises:
+        ValueError: `optimizer` is none of `optim`. The step raises one for an objective that returns something else.
+    """
+    check_optimizer(optimizer)
+    differentiate = make_differentiate()
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        scale, drawn = _scale(state), {} if seed is None else {"seed": fold_in(seed, state.step)}
+
+        def function(params: Any) -> tuple[Tensor, tuple[BatchStats, Any]]:
+            loss, beside = _checked(objective(params, state.batch_stats, batch, **drawn))
+            return loss if scale is None else loss * scale, beside
+
+        inputs = state, [leaf for leaf in tree.leaves(batch) if isinstance(leaf, Tensor)]
+        grads, (batch_stats, metrics) = differentiate(function, state.params, inputs)
+        return _updated(state, optimizer, grads, batch_stats), metrics
+
+    return step
+
+
+def scan(step: Step[M], batch_size: int) -> Step[M]:
     """`step` over the batches of `batch_size` rows that a longer batch consists of, one after the other, as one step.
 
     What is captured of it is several steps in one CUDA graph, between which the host has nothing to do.
@@ -173,8 +226,8 @@ def scan(step: Step, batch_size: int) -> Step:
         A step whose metrics have one row for each of the steps it consists of.
     """
 
-    def steps(state: TrainState, rows: Any) -> tuple[TrainState, Metrics]:
-        metrics: list[Metrics] = []
+    def steps(state: TrainState, rows: Any) -> tuple[TrainState, M]:
+        metrics: list[M] = []
         for batch in data.batches(rows, batch_size):
             state, of_step = step(state, batch)
             metrics.append(of_step)
@@ -319,12 +372,32 @@ def calibrate(
 _Beside = tuple[Tensor, Tensor, BatchStats]
 """The loss, the logits and the new statistics."""
 
-_Objective = Callable[[Params], tuple[Tensor, _Beside]]
-"""What training descends, and what comes beside it."""
 
-_Differentiate = Callable[[_Objective, Params, Any], tuple[Params, _Beside]]
-"""The gradient of an objective, and what comes beside; of the third, all that it depends on, somebody outside may ask
-for a derivative."""
+def _scale(state: TrainState) -> Tensor | None:
+    """What the loss is to be multiplied by before its gradient is taken."""
+    return state.opt_state.scale if isinstance(state.opt_state, Scaled) else None
+
+
+def _updated(state: TrainState, optimizer: Optimizer, grads: Any, batch_stats: BatchStats) -> TrainState:
+    params, opt_state = optimizer.update(grads, state.opt_state, state.params, state.step)
+    return TrainState(state.step + 1, params, batch_stats, opt_state)
+
+
+def _checked(answer: Any) -> tuple[Tensor, tuple[BatchStats, Any]]:
+    """What an objective returned, when it is seen to be what one must return."""
+    pairs = isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], tuple) and len(answer[1]) == 2
+    if not pairs or not isinstance(answer[0], Tensor):
+        found = ", ".join(type(part).__name__ for part in (answer if isinstance(answer, tuple) else [answer]))
+        raise ValueError(f"objective: returned ({found}), expected (loss, (new batch_stats, metrics))")
+    loss, beside = answer
+    if loss.dim() or not loss.is_floating_point():
+        raise ValueError(
+            f"objective: returned a loss of {tree.describe(loss)}, expected a single number, such as the mean over the "
+            "batch"
+        )
+    for name, part in zip(("batch_stats", "metrics"), beside, strict=True):
+        tree.check_tensors(f"objective's {name}", part)
+    return loss, beside
 
 
 def _make_gradient(
@@ -335,7 +408,7 @@ def _make_gradient(
     objective = _make_objective(model, decay, weight_decay, precision, silent, summed=summed)
     step_seed = _make_step_seed(model, seed)
     constant = () if weight_decay else silent
-    differentiate = _make_differentiate()
+    differentiate = make_differentiate()
 
     def gradient(state: TrainState, images: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Params, _Beside]:
         function = objective(state.batch_stats, images, labels, scale, step_seed(state))
@@ -346,7 +419,7 @@ def _make_gradient(
 
 def _make_objective(
     model: Model, decay: str, weight_decay: float, precision: Precision, silent: tuple[str, ...], *, summed: bool
-) -> Callable[..., _Objective]:
+) -> Callable[..., Function]:
     """Builds `objective(batch_stats, images, labels, scale, seed)`: the mean over that batch, or (`summed`) the sum. Of
     the parameters named in `silent` it depends by their decay alone."""
     if decay not in get_args(Decay):
@@ -359,7 +432,7 @@ def _make_objective(
 
     def objective(
         old_stats: BatchStats, images: Tensor, labels: Tensor, scale: Tensor | None, seed: Seed | None
-    ) -> _Objective:
+    ) -> Function:
         # The batch is closed over: torch.func.grad would wrap arguments, and wrapped statistics are copied one by one.
         def function(params: Params) -> tuple[Tensor, _Beside]:
             with autocast(precision, images.device):
@@ -403,7 +476,7 @@ def _silent_biases(model: Model) -> tuple[str, ...]:
 
 
 def _gradient(
-    function: _Objective, params: Params, inputs: Any, constant: tuple[str, ...], differentiate: _Differentiate
+    function: Function, params: Params, inputs: Any, constant: tuple[str, ...], differentiate: Differentiate
 ) -> tuple[Params, _Beside]:
     """As `torch.func.grad(function, has_aux=True)(params)`, which keeps all that the way forward has stored to the end,
     because its result may be differentiated again. Where nobody does that, by any of `inputs`, it is freed on the way
@@ -438,56 +511,6 @@ def _zeros_like(values: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict
     sizes = [value.numel() for value in values.values()]
     parts = next(iter(values.values())).new_zeros(sum(sizes)).split(sizes)
     return {name: part.view_as(value) for (name, value), part in zip(values.items(), parts, strict=True)}
-
-
-def _make_differentiate() -> _Differentiate:
-    """Builds `differentiate(function, params, inputs)`, for functions of one network."""
-    # It is the network that keeps autograd from differentiating it by itself, and so no second step runs it twice.
-    is_refused = False
-
-    def differentiate(function: _Objective, params: Params, inputs: Any) -> tuple[Params, _Beside]:
-        nonlocal is_refused
-        if torch.compiler.is_compiling() or tree.is_differentiated(inputs):
-            return grad(function, has_aux=True)(params)
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):
-                return differentiate(function, params, inputs)
-        if not is_refused and tree.is_for_autograd(inputs):
-            found = _plain_gradient(function, params)
-            if found is not None:
-                return found
-            is_refused = True
-        answer: Any = vjp(function, params, has_aux=True)
-        total, pull_back, aux = answer
-        (gradients,) = pull_back(torch.ones_like(total), retain_graph=False, create_graph=False)
-        return gradients, aux
-
-    return differentiate
-
-
-def _plain_gradient(function: _Objective, params: Params) -> tuple[Params, _Beside] | None:
-    """By autograd itself: torch.func wraps each tensor at each operation, which the host feels where a batch is small,
-    and its way back imports torch's compiler, which takes two seconds.
-
-    None where the loss seems not to depend on a leaf. It may be true, or come of a `torch.utils.checkpoint` in the
-    network: that runs the network again on the way back, when its weights and its seed are not there any more.
-    torch.func refuses those, and so is asked then.
-    """
-    leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(params)]
-    with torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(_NO_HOOKS):
-        total, aux = function(tree.replace_leaves(params, leaves))
-    if not total.requires_grad:
-        return None
-    found = torch.autograd.grad(total, leaves, allow_unused=True)
-    if any(gradient is None for gradient in found):
-        return None
-    return tree.replace_leaves(params, found), tree.map(Tensor.detach, aux)
-
-
-_NO_HOOKS = (
-    "a training step cannot go through torch.utils.checkpoint or other hooks of saved tensors, because the "
-    "generated weights exist during the forward pass only; remove them from the network"
-)
 
 
 def _loss_dtype(logits: Tensor) -> Tensor:

@@ -54,6 +54,8 @@ def replace_leaves(tree: Tree, new: Sequence[Any]) -> Tree:
 
 def check_tensors(name: str, tree: Any) -> None:
     """Raises a ValueError that names the first leaf that is no tensor; `name` is what the tree is called."""
+    if all(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(tree)):
+        return  # without the paths, which take longer
     for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
         if not isinstance(leaf, Tensor):
             where = f" at {'/'.join(_key_name(key) for key in path)}" if path else ""

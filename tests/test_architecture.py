@@ -49,7 +49,10 @@ ALLOWED: dict[str, set[str]] = {
     "conditions": {"tree", "arguments", "hypernet", "primary", "randomness", "vmap_rules", "model"},
     "fitting": {"tree", "hypernet", "tiling", "primary", "model"},
     "sync_norm": {"model"},
-    "training": {"tree", "data", "model", "optim", "precision", "randomness", "residual"},
+    "differentiate": {"tree"},
+    "training": {
+        *("tree", "data", "differentiate", "conditions", "model", "optim", "precision", "randomness", "residual"),
+    },
     "ensembles": {"tree", "arguments", "model", "optim", "training"},
     "population": {"tree", "data", "exits", "interrupt", "training"},
     "sweep": {"files", "flags"},

@@ -30,7 +30,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 class Problem(NamedTuple):
     step: Step
     state: TrainState
-    batches: list[data.Draw]
+    batches: list[Any]
 
 
 def small() -> hf.Model:
@@ -63,6 +63,25 @@ def problem(
         rest._replace(step=step.to(device)),
         list(data.batches(draw, 8)),
     )
+
+
+def problem_of_an_objective(device: str) -> Problem:
+    """A loss that is no cross-entropy, of a network for each sample that its condition makes, with dropout."""
+    module = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1))
+    base = hf.hyperize(module.double(), targets=["*.weight"], unit=(1, 8), z_dim=4)
+    model, optimizer = hf.conditional(base, hf.conditions.bounded([0, 0], [1, 1])), optim.adam(0.01, eps=1e-3)
+
+    def objective(params: Any, batch_stats: Any, batch: Any, seed: Tensor) -> tuple[Tensor, tuple[Any, Any]]:
+        conditions, inputs = batch
+        outputs, batch_stats = model.apply_each(params, batch_stats, conditions, inputs, train=True, seed=seed)
+        errors = (outputs[:, 0] - conditions.sum(1)).square()
+        return errors.mean(), (batch_stats, {"worst": errors.max()})
+
+    generator = data.seeded_generator("objective")
+    state = tree.to(training.init_state(model, optimizer, generator), device)
+    conditions, inputs = (torch.rand(20, size, generator=generator, dtype=torch.float64) for size in (2, 8))
+    batches = list(data.batches(tree.to((conditions, inputs), device), 8))
+    return Problem(training.make_step(objective, optimizer, seed=1), state, batches)
 
 
 def evaluation(device: str) -> tuple[EvalStep, Any, tuple[Tensor, Tensor]]:
@@ -181,6 +200,13 @@ def test_compiled_equals_eager() -> None:
 
 @pytest.mark.traced
 @pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_of_an_objective_equals_the_eager_one() -> None:
+    p = problem_of_an_objective("cpu")
+    assert_same_training(capture.compile_step(p.step, p.batches[0]), p)
+
+
+@pytest.mark.traced
+@pytest.mark.filterwarnings("ignore")
 def test_any_number_of_steps_can_be_compiled() -> None:
     batch = torch.ones(2)
 
@@ -242,6 +268,11 @@ def test_what_differs_from_the_captured_is_named() -> None:
 
 def test_captured_equals_eager(device: str) -> None:
     p = problem(device)
+    assert_same_training(capture.capture(p.step, p.state, p.batches[0]), p)
+
+
+def test_a_captured_step_of_an_objective_equals_the_eager_one(device: str) -> None:
+    p = problem_of_an_objective(device)
     assert_same_training(capture.capture(p.step, p.state, p.batches[0]), p)
 
 

@@ -330,6 +330,105 @@ def test_a_network_that_runs_parts_again_is_refused(part: str, reentrant: bool, 
         training.make_gradients(model, seed=0)(state, (torch.ones(2, 16), torch.arange(2)))
 
 
+def cross_entropy(model: Model) -> training.Objective:
+    """What `make_train_step` descends, as an objective of one's own."""
+
+    def objective(params: Any, batch_stats: Any, batch: Any, **drawn: Any) -> tuple[Tensor, tuple[Any, Any]]:
+        images, labels = batch
+        logits, batch_stats = model.apply(params, batch_stats, images, train=True, **drawn)
+        loss = F.cross_entropy(logits, labels)
+        correct = (logits.argmax(1) == labels).sum()
+        return loss, (batch_stats, training.Metrics(loss * len(labels), correct, torch.tensor(len(labels))))
+
+    return objective
+
+
+def drawing_network() -> Model:
+    convolutions = nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.BatchNorm2d(16), nn.Flatten()
+    module = nn.Sequential(*convolutions, nn.Dropout(0.5), nn.Linear(144, 10)).double()
+    return hf.hyperize(module, targets="2.weight", z_dim=4)
+
+
+@pytest.mark.parametrize("optimizer", [optim.sgd(0.1), optim.scaled(optim.sgd(0.1))], ids=["plain", "scaled"])
+@pytest.mark.parametrize(("make", "seed"), [(drawing_network, 3), (lambda: hf.hyper_resnet(10, z_dim=4), None)])
+def test_a_step_of_an_objective_is_the_step_of_its_loss(
+    make: Any, seed: int | None, optimizer: optim.Optimizer, generator: Generator
+) -> None:
+    model = make()
+    state, batch = a_state(model, optimizer), a_batch(generator)
+    step = training.make_step(cross_entropy(model), optimizer, seed=seed)
+    expected_step = training.make_train_step(model, optimizer, seed=seed)
+    before = tree.named_leaves(tree.clone((state, batch)))
+    found, expected = state, state
+    for _ in range(3):
+        (found, metrics), (expected, expected_metrics) = step(found, batch), expected_step(expected, batch)
+        torch.testing.assert_close((metrics, found), (expected_metrics, expected), rtol=1e-9, atol=1e-9)
+        assert not any(leaf.requires_grad for leaf in tree.leaves((found, metrics)))
+    assert_trees_equal(before, tree.named_leaves((state, batch)))
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_a_step_of_a_conditional_model_is_that_of_its_gradient(each: bool, generator: Generator) -> None:
+    model, optimizer = hf.conditional(hf.hyper_resnet(10, z_dim=4), hf.conditions.table(3)), optim.adam(0.01)
+    state = training.init_state(model, optimizer, generator)
+    apply = model.apply_each if each else model.apply
+    tasks = torch.tensor([0, 2, 1, 2, 0, 1]) if each else torch.tensor(2)
+    images, targets = torch.randn(6, 3, 8, 8, generator=generator), torch.randn(6, 10, generator=generator)
+
+    def objective(params: Any, batch_stats: Any, batch: Any) -> tuple[Tensor, tuple[Any, Any]]:
+        tasks, images, targets = batch
+        outputs, batch_stats = apply(params, batch_stats, tasks, images, train=True)
+        errors = (outputs - targets).square().mean(1)
+        return errors.mean(), (batch_stats, {"worst": errors.max()})
+
+    step = training.make_step(objective, optimizer)
+    found, metrics = step(state, (tasks, images, targets))
+
+    def loss(params: Any) -> Tensor:
+        outputs, _ = apply(params, state.batch_stats, tasks, images, train=True)
+        return F.mse_loss(outputs, targets)
+
+    grads = grad(loss)(state.params)
+    expected, _ = optimizer.update(grads, state.opt_state, state.params, state.step)
+    torch.testing.assert_close(found.params.model.embeddings, expected.model.embeddings)
+    outputs, _ = apply(state.params, state.batch_stats, tasks, images, train=True)
+    torch.testing.assert_close(metrics["worst"], (outputs - targets).square().mean(1).max())
+
+
+def test_members_of_a_step_of_an_objective(generator: Generator) -> None:
+    model, optimizer = hf.hyper_resnet(10, z_dim=4), optim.sgd(0.1)
+    members = hf.ensemble(model, 2)
+    state, batch = hf.ensembles.init_state(members, optimizer, generator), tree.to(a_batch(generator), torch.float32)
+    step = training.make_step(cross_entropy(model), optimizer)
+    found, _ = hf.ensembles.map_step(step)(state, batch)
+    expected, _ = step(members.member(state, 1), batch)
+    torch.testing.assert_close(members.member(found, 1).batch_stats, expected.batch_stats)
+    torch.testing.assert_close(members.member(found, 1).params.embeddings, expected.params.embeddings)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda loss, stats: loss, r"objective: returned \(Tensor\), expected \(loss, \(new batch_stats, metrics\)\)"),
+        (lambda loss, stats: (loss, stats), r"objective: returned \(Tensor, dict\), expected"),
+        (lambda loss, stats: (loss, stats, {}), r"objective: returned \(Tensor, dict, dict\), expected"),
+        (lambda loss, stats: (0.5, (stats, {})), r"objective: returned \(float, tuple\), expected"),
+        (lambda loss, stats: (loss.expand(4), (stats, {})), r"loss of float32\[4\], expected a single number"),
+        (lambda loss, stats: (loss, (stats, {"a": 1.0})), "objective's metrics: got a float at a, expected tensors"),
+        (lambda loss, stats: (loss, ({"mean": None}, {})), "objective's batch_stats: got a NoneType at mean, expected"),
+    ],
+)
+def test_an_objective_that_returns_something_else_is_refused(answer: Any, message: str, generator: Generator) -> None:
+    model, optimizer = hf.hyper_resnet(10, z_dim=4), optim.sgd(0.1)
+    state = training.init_state(model, optimizer, generator)
+
+    def objective(params: Any, batch_stats: Any, batch: Any) -> Any:
+        return answer(params.primary["head.weight"].sum(), batch_stats)
+
+    with pytest.raises(ValueError, match=message):
+        unchecked(training.make_step)(objective, optimizer)(state, torch.zeros(2))
+
+
 def test_training_learns(generator: Generator) -> None:
     model = hf.hyper_resnet(10)
     optimizer = optim.adam(0.002)
@@ -356,18 +455,22 @@ def test_bad_input(generator: Generator) -> None:
     init_state, make_train_step = unchecked(training.init_state), unchecked(training.make_train_step)
     for other in conditional, hf.ensemble(model, 2):
         expected = (
-            f"model: got {type(other).__name__}, expected a Model; for an Ensemble .* ensembles.map_step; for a Cond"
+            f"model: got {type(other).__name__}, expected a Model; for an Ensemble .* for a Conditional .* make_step"
         )
         with pytest.raises(ValueError, match=expected):
             make_train_step(other, optimizer)
-        with pytest.raises(ValueError, match=expected):
-            init_state(other, optimizer, generator)
+    with pytest.raises(
+        ValueError, match="got Ensemble, expected a Model; for an Ensemble there is ensembles.init_state"
+    ):
+        init_state(hf.ensemble(model, 2), optimizer, generator)
     for what, kind in (optim.adam, "function"), (torch.optim.Adam([torch.zeros(1)]), "Adam"):
         expected = rf"optimizer: got a {kind}, expected an Optimizer of hyperfunc.optim, as adam\(0.002\)"
         with pytest.raises(ValueError, match=expected):
             make_train_step(model, what)
         with pytest.raises(ValueError, match=expected):
             init_state(model, what, generator)
+        with pytest.raises(ValueError, match=expected):
+            unchecked(training.make_step)(cross_entropy(model), what)
         with pytest.raises(ValueError, match=expected):
             unchecked(optim.scaled)(what)
     params, batch_stats = model.init(generator)
