@@ -182,8 +182,8 @@ def hyperize(
     The module is read, not changed. Parameters that are not generated start from the values that they have in it, and
     so do its buffers; generated ones start with the mean and variance that their layer's type calls for at its fan-in
     (see `layers.kernel_of`), whatever the module holds. All of them are in `Params`, also those with
-    requires_grad=False; to keep some of them fixed, put their old values back after each step. A tied parameter is one
-    tensor, under the first of its names. Generated kernels of convolutions lie in memory as channels_last, so that a
+    requires_grad=False; `optim.frozen` keeps some of them fixed. A tied parameter is one tensor, under the first of its
+    names. Generated kernels of convolutions lie in memory as channels_last, so that a
     forward which looks at one by itself needs `reshape` and not `view`.
 
     Args:

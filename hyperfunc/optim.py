@@ -7,6 +7,7 @@ into a compiled or captured step.
 
 import math
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -16,6 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperfunc import tree
+from hyperfunc.arguments import some
+
+Names = str | Sequence[str] | Callable[[str], bool]
+"""Leaves of a pytree: glob patterns of their paths, as `tree.named_leaves` gives them, or a predicate on a path."""
 
 Schedule = Callable[[Tensor], Tensor]
 """From the number of steps done, a 0-dimensional integer tensor, to the learning rate, 0-dimensional float64."""
@@ -100,6 +105,7 @@ def adam(
 
     def update(grads: Any, opt_state: Moments, params: Any, step: Int[Tensor, ""]) -> tuple[Any, Moments]:
         _check_step(step)
+        _check_state(opt_state, Moments)
         g, _ = tree.ravel(grads)
         theta, unravel = tree.ravel(params)
         lr = schedule(step)
@@ -139,6 +145,7 @@ def sgd(learning_rate: float | Schedule, *, momentum: float = 0.9, weight_decay:
 
     def update(grads: Any, opt_state: Momentum, params: Any, step: Int[Tensor, ""]) -> tuple[Any, Momentum]:
         _check_step(step)
+        _check_state(opt_state, Momentum)
         g, _ = tree.ravel(grads)
         theta, unravel = tree.ravel(params)
         if weight_decay:
@@ -207,6 +214,98 @@ def scaled(optimizer: Optimizer, *, first: float = 2.0**16, grow_after: int = 20
         return unravel(torch.where(finite, new_theta, theta)), new_state
 
     return Optimizer(init, update, optimizer.learning_rate, optimizer.elementwise)
+
+
+def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
+    """`optimizer` for gradients that are scaled down to the norm `max_norm`, over all leaves together, where theirs is
+    larger (Pascanu, Mikolov and Bengio 2013, arXiv 1211.5063, section 3.2); equal to
+    `torch.nn.utils.clip_grad_norm_`.
+
+    Where a loss is scaled as well, it is `scaled(clipped(...))`, so that the norm is that of the gradients themselves.
+
+    Args:
+        optimizer: What the gradients go to. Its own weight decay is not counted to their norm.
+        max_norm: The greatest norm.
+
+    Raises:
+        ValueError: `optimizer` is none of this module's, or a scaled one; or `max_norm` is not positive or not finite.
+    """
+    check_optimizer(optimizer)
+    if not (math.isfinite(max_norm) and max_norm > 0):
+        raise ValueError(f"max_norm: got {max_norm}, expected a finite number above 0")
+
+    def init(params: Any) -> Any:
+        opt_state = optimizer.init(params)
+        if isinstance(opt_state, Scaled):
+            raise ValueError(
+                "optimizer: got a scaled one, whose gradients are not those of the loss; expected the other way round, "
+                "scaled(clipped(...))"
+            )
+        return opt_state
+
+    def update(grads: Any, opt_state: Any, params: Any, step: Int[Tensor, ""]) -> tuple[Any, Any]:
+        g, unravel = tree.ravel(grads)
+        g = g * (max_norm / (torch.linalg.vector_norm(g) + 1e-6)).clamp(max=1)
+        if not optimizer.elementwise:
+            return optimizer.update(unravel(g), opt_state, params, step)
+        # As the vectors that they are; see `scaled`.
+        theta, new_opt_state = optimizer.update(g, opt_state, tree.ravel(params)[0], step)
+        return unravel(theta), new_opt_state
+
+    return Optimizer(init, update, optimizer.learning_rate, optimizer.elementwise)
+
+
+def frozen(optimizer: Optimizer, names: Names) -> Optimizer:
+    """`optimizer` for all parameters but those that `names` chooses, which stay what they are.
+
+    The optimizer does not see them: it keeps no state for them, and neither its weight decay nor a `clipped` inside
+    counts them. Their gradients are computed all the same, unless the step is compiled.
+
+        optim.frozen(optim.adam(0.002), "primary/*")        # trains generator and embeddings alone
+        optim.frozen(optim.adam(0.002), ["generator/*", "primary/stem.*"])
+
+    Args:
+        optimizer: What trains the others.
+        names: Glob patterns of paths, or a predicate on a path. The paths are those of `tree.named_leaves`, such as
+            'generator/3x3/w_in', 'embeddings/3x3' and 'primary/stem.weight'; '*' stands for any characters.
+
+    Raises:
+        ValueError: `optimizer` is none of this module's. Its functions raise one where a pattern matches no parameter,
+            or where no parameter is left to train.
+    """
+    check_optimizer(optimizer)
+
+    # Of strings alone, so that torch.compile, which cannot trace the matching of patterns, need not.
+    @torch.compiler.assume_constant_result
+    def stays(paths: tuple[str, ...]) -> tuple[bool, ...]:
+        if callable(names):
+            found = tuple(names(path) for path in paths)
+        else:
+            patterns = [names] if isinstance(names, str) else names
+            for pattern in patterns:
+                if not any(fnmatchcase(path, pattern) for path in paths):
+                    raise ValueError(
+                        f"names: no parameter is called {pattern!r}, expected a path or glob pattern of these: "
+                        f"{some(list(paths))}"
+                    )
+            found = tuple(any(fnmatchcase(path, pattern) for pattern in patterns) for path in paths)
+        if all(found):
+            raise ValueError(f"names: got {names!r}, which leaves no parameter to train")
+        return found
+
+    def trained(params: Any) -> dict[str, Tensor]:
+        named = tree.named_leaves(params)
+        return {path: leaf for (path, leaf), stay in zip(named.items(), stays(tuple(named)), strict=True) if not stay}
+
+    def init(params: Any) -> Any:
+        return optimizer.init(trained(params))
+
+    def update(grads: Any, opt_state: Any, params: Any, step: Int[Tensor, ""]) -> tuple[Any, Any]:
+        new, opt_state = optimizer.update(trained(grads), opt_state, trained(params), step)
+        leaves = [new.get(path, leaf) for path, leaf in tree.named_leaves(params).items()]
+        return tree.replace_leaves(params, leaves), opt_state
+
+    return Optimizer(init, update, optimizer.learning_rate)
 
 
 def constant(value: float) -> Schedule:
@@ -305,6 +404,14 @@ def _check_step(step: Any) -> None:
     if not isinstance(step, Tensor):
         raise ValueError(
             f"step: got {step!r}, expected a tensor, such as torch.tensor(0), which compiled code can vary"
+        )
+
+
+def _check_state(opt_state: Any, kind: type) -> None:
+    if not isinstance(opt_state, kind):
+        raise ValueError(
+            f"opt_state: got a {type(opt_state).__name__}, expected the {kind.__name__} that the optimizer's own `init` "
+            "gives; a state does not outlive a change of optimizer"
         )
 
 

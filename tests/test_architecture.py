@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "journal": {"files"},
     "tracking": {"exits", "histogram"},
     "data": {"tree", "files"},
-    "optim": {"tree"},
+    "optim": {"tree", "arguments"},
     "winograd": set(),
     "graph_passes": {"winograd"},
     "capture": {"tree", "arguments", "compiled_norms", "graph_passes", "winograd"},

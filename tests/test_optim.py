@@ -206,3 +206,97 @@ def test_a_number_as_step_is_refused(optimizer: Optimizer) -> None:
     params = {"a": torch.zeros(2)}
     with pytest.raises(ValueError, match=r"step: got 0, expected a tensor, such as torch.tensor\(0\), which"):
         unchecked(optimizer.update)(params, optimizer.init(params), params, 0)
+
+
+def test_clipping_equals_that_of_torch(generator: Generator) -> None:
+    ours = optim.clipped(optim.adam(0.01, weight_decay=0.1), 300.0)
+    params, loss = problem(generator)
+    their_params = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
+    theirs = torch.optim.Adam(their_params.values(), lr=0.01, weight_decay=0.1)
+    state, norms = ours.init(params), []
+    for step in range(STEPS):
+        params, state = ours.update(torch.func.grad(loss)(params), state, params, torch.tensor(step))
+        theirs.zero_grad()
+        loss(their_params).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(their_params.values(), 300.0).item())
+        theirs.step()
+    assert max(norms) > 300 > min(norms)
+    for name, leaf in params.items():
+        torch.testing.assert_close(leaf, their_params[name].detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("elementwise", [True, False])
+def test_clipping_under_a_scale_is_that_of_the_gradients_themselves(elementwise: bool, generator: Generator) -> None:
+    inner = optim.clipped(optim.sgd(0.1)._replace(elementwise=elementwise), 0.5)
+    params = {"a": torch.randn(3, 2, generator=generator), "b": torch.randn(4, generator=generator)}
+    grads = tree.map(lambda leaf: torch.randn(leaf.shape, generator=generator), params)
+    expected, _ = inner.update(grads, inner.init(params), params, torch.tensor(0))
+    change = tree.ravel(expected)[0] - tree.ravel(params)[0]
+    torch.testing.assert_close(change.norm(), torch.tensor(0.1 * 1.9 * 0.5), rtol=1e-5, atol=0)  # 1 + momentum
+    ours = optim.scaled(inner, first=2.0**10)
+    found, _ = ours.update(tree.map(lambda leaf: leaf * 2.0**10, grads), ours.init(params), params, torch.tensor(0))
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match=r"optimizer: got a scaled one, .* expected the other way round, scaled\(clip"):
+        optim.clipped(optim.scaled(optim.sgd(0.1)), 0.5).init(params)
+
+
+@pytest.mark.parametrize("names", ["b", ["b"], ["[b]*", "b"], lambda path: path == "b"])
+@pytest.mark.parametrize("scale", [None, 2.0**10])
+def test_what_is_frozen_is_as_if_it_were_not_there(
+    names: optim.Names, scale: float | None, generator: Generator
+) -> None:
+    inner = optim.clipped(optim.adam(0.01, weight_decay=0.1), 0.5)
+    ours = optim.frozen(inner, names)
+    if scale is not None:
+        ours = optim.scaled(ours, first=scale)
+    params, loss = problem(generator)
+    rest = {name: leaf for name, leaf in params.items() if name != "b"}
+    fixed, state, rest_state = params["b"].clone(), ours.init(params), inner.init(rest)
+    for step in range(3):
+        expected = torch.func.grad(lambda rest: loss({"a": rest["a"], "b": fixed, "c": rest["c"]}))(rest)
+        rest, rest_state = inner.update(expected, rest_state, rest, torch.tensor(step))
+        grads = tree.map(lambda leaf: leaf * (scale or 1), torch.func.grad(loss)(params))
+        params, state = ours.update(grads, state, params, torch.tensor(step))
+    torch.testing.assert_close(params, {"a": rest["a"], "b": fixed, "c": rest["c"]})
+    assert torch.equal(params["b"], fixed)
+    assert sum(leaf.numel() for leaf in tree.leaves(rest_state)) == 2 * (12 + 12)
+
+
+@pytest.mark.traced
+@pytest.mark.parametrize("names", ["b", lambda path: path == "b"])
+def test_what_is_frozen_is_left_out_of_a_compiled_update(names: optim.Names, generator: Generator) -> None:
+    optimizer = optim.frozen(optim.clipped(optim.adam(0.01), 0.5), names)
+    params, loss = problem(generator)
+    given = torch.func.grad(loss)(params), optimizer.init(params), params, torch.tensor(0)
+    compiled = torch.compile(optimizer.update, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*given), optimizer.update(*given))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("d", "names: no parameter is called 'd', expected a path or glob pattern of these: a, b, c"),
+        (["a", "d*"], r"names: no parameter is called 'd\*'"),
+        ("*", r"names: got '\*', which leaves no parameter to train"),
+    ],
+)
+def test_names_that_freeze_nothing_or_everything_are_refused(
+    names: optim.Names, message: str, generator: Generator
+) -> None:
+    params, _ = problem(generator)
+    with pytest.raises(ValueError, match=message):
+        optim.frozen(optim.sgd(0.1), names).init(params)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, math.inf, math.nan])
+def test_a_norm_that_cannot_be(max_norm: float) -> None:
+    with pytest.raises(ValueError, match=f"max_norm: got {max_norm}, expected a finite number above 0"):
+        optim.clipped(optim.sgd(0.1), max_norm)
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    params, step, adam, sgd = {"a": torch.zeros(2)}, torch.tensor(0), optim.adam(0.1), optim.sgd(0.1)
+    with pytest.raises(ValueError, match="opt_state: got a Moments, expected the Momentum that the optimizer's own"):
+        unchecked(sgd.update)(params, adam.init(params), params, step)
+    with pytest.raises(ValueError, match="opt_state: got a Scaled, expected the Moments"):
+        unchecked(adam.update)(params, optim.scaled(adam).init(params), params, step)
