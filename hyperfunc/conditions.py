@@ -109,6 +109,9 @@ class Conditional(NamedTuple):
     model: Model
     encoder: Encoder
 
+    def __repr__(self) -> str:
+        return f"<Conditional of {self.model!r}, codes of {self.encoder.code_dim}>"
+
 
 def conditional(model: Model, encoder: Encoder) -> Conditional:
     """A model whose embeddings depend on a condition.

@@ -49,6 +49,9 @@ class Ensemble(NamedTuple):
     model: Model
     size: int
 
+    def __repr__(self) -> str:
+        return f"<Ensemble of {self.size}: {self.model!r}>"
+
 
 def ensemble(model: Model, n: int) -> Ensemble:
     """`n` networks of one model, computed at once.
@@ -135,11 +138,23 @@ def map_step(step: Step[M]) -> Step[M]:
     dimension.
 
     Each member's step is what it would be alone, apart from rounding; its dropout too, which a step draws from its own
-    number, and so alike in all members.
+    number, and so alike in all members. The step raises a ValueError for the state of a single network.
     """
-    return torch.vmap(step, in_dims=(0, None), randomness="different")
+    return _of_members(torch.vmap(step, in_dims=(0, None), randomness="different"))
 
 
 def map_step_each(step: Step[M]) -> Step[M]:
     """`map_step` with a batch for each member: every leaf of the batch has the members as first dimension."""
-    return torch.vmap(step, randomness="different")
+    return _of_members(torch.vmap(step, randomness="different"))
+
+
+def _of_members(mapped: Step[M]) -> Step[M]:
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, M]:
+        if not state.step.dim():
+            raise ValueError(
+                "state: got that of a single network, expected the members as first dimension, as ensembles.init_state "
+                "makes it"
+            )
+        return mapped(state, batch)
+
+    return step

@@ -410,8 +410,8 @@ def _check_step(step: Any) -> None:
 def _check_state(opt_state: Any, kind: type) -> None:
     if not isinstance(opt_state, kind):
         raise ValueError(
-            f"opt_state: got a {type(opt_state).__name__}, expected the {kind.__name__} that the optimizer's own `init` "
-            "gives; a state does not outlive a change of optimizer"
+            f"opt_state: got a {type(opt_state).__name__}, expected the {kind.__name__} that the optimizer's own "
+            "`init` gives; a state does not outlive a change of optimizer"
         )
 
 

@@ -39,6 +39,9 @@ def test_differences_are_named_leaf_by_leaf(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=expected):
         checkpoint.restore(checkpoint.load(tmp_path / "c"), "x", like)
+    with pytest.raises(ValueError, match="name: the checkpoint holds no 'params', expected one of x"):
+        checkpoint.restore(checkpoint.load(tmp_path / "c"), "params", like)
+    assert checkpoint.restore(checkpoint.load(tmp_path / "c"), "buffers", {}) == {}  # nothing is what was saved of it
 
 
 def test_another_version_is_named(tmp_path: Path) -> None:

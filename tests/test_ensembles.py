@@ -228,3 +228,13 @@ def test_bad_input(generator: Generator) -> None:
     for index in (-1, 2):
         with pytest.raises(ValueError, match=f"index: got {index}, expected a member from 0 to 1"):
             members.member(params, index)
+
+
+@pytest.mark.parametrize("map_step", [ensembles.map_step, ensembles.map_step_each])
+def test_the_state_of_one_network_is_no_state_of_members(map_step: Any, generator: Generator) -> None:
+    model = hf.hyper_resnet(10, z_dim=4)
+    state = training.init_state(model, ADAM, generator)
+    with pytest.raises(
+        ValueError, match="state: got that of a single network, expected the members as first dimension"
+    ):
+        map_step(training.make_train_step(model, ADAM))(state, a_batch(generator))

@@ -140,6 +140,9 @@ def test_a_model_is_shown_as_what_made_it() -> None:
     assert repr(hf.resnet(10)).startswith("<Model of ResNet: resnet(depth=10, width=1, num_classes=10")
     layers = nn.Sequential(nn.Linear(3, 16), nn.Linear(16, 16), nn.Linear(16, 2))
     assert repr(hf.hyperize(layers)).startswith("<Model of Sequential: hyperize(targets=['1.weight'], unit=(16, 16)")
+    model = hf.hyper_resnet(10)
+    assert repr(hf.ensemble(model, 3)) == f"<Ensemble of 3: {model!r}>"
+    assert repr(hf.conditional(model, hf.conditions.bounded([0], [1]))) == f"<Conditional of {model!r}, codes of 2>"
 
 
 def test_init_is_a_function_of_the_generator_alone() -> None:

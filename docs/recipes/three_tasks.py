@@ -5,7 +5,6 @@ import argparse
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.func import grad
 from torch.nn import functional as F
 
 import hyperfunc as hf
@@ -25,21 +24,22 @@ def task_data(images: hf.data.Images, digits: tuple[int, ...]) -> tuple[Tensor, 
 
 
 def learn_in_sequence(strength: float, steps: int) -> list[list[float]]:
+    def objective(params, batch_stats, batch):
+        task, (images, labels), kept = batch
+        logits, batch_stats = model.apply(params, batch_stats, task, images, train=True)
+        now = [model.weights(params, torch.tensor(old)) for old in range(len(kept))]
+        changes = [(a[name] - b[name]).square().sum() for a, b in zip(now, kept, strict=True) for name in a]
+        loss = F.cross_entropy(logits, labels) + strength / max(len(kept), 1) * sum(changes)
+        return loss, (batch_stats, {"loss": loss})
+
+    step, accuracies = hf.training.make_step(objective, optimizer), []
     params, batch_stats = model.init(torch.Generator().manual_seed(0))
-    accuracies = []
     for task in range(len(TASKS)):
-        images, labels = train[task]
         kept = [model.weights(params, torch.tensor(old)) for old in range(task)]
-
-        def loss(p, task=task, images=images, labels=labels, kept=kept):
-            logits, _ = model.apply(p, batch_stats, torch.tensor(task), images, train=True)
-            now = [model.weights(p, torch.tensor(old)) for old in range(task)]
-            changes = [(a[name] - b[name]).square().sum() for a, b in zip(now, kept, strict=True) for name in a]
-            return F.cross_entropy(logits, labels) + strength / max(task, 1) * sum(changes)
-
-        opt_state = optimizer.init(params)
-        for step in range(steps):
-            params, opt_state = optimizer.update(grad(loss)(params), opt_state, params, torch.tensor(step))
+        state = hf.training.TrainState(torch.tensor(0), params, batch_stats, optimizer.init(params))
+        for _ in range(steps):
+            state, _ = step(state, (torch.tensor(task), train[task], kept))
+        params, batch_stats = state.params, state.batch_stats
         logits = [model.apply(params, batch_stats, torch.tensor(t), test[t][0], train=False)[0] for t in range(3)]
         accuracies.append([(logits[t].argmax(1) == test[t][1]).float().mean().item() for t in range(3)])
     return accuracies

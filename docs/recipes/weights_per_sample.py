@@ -5,9 +5,9 @@ import argparse
 import torch
 from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
-from torch.func import grad
 
 import hyperfunc as hf
+from hyperfunc import optim, training
 
 LOW, HIGH = torch.tensor([0.5, 1.0, 0.0]), torch.tensor([1.5, 3.0, 3.0])  # amplitude, frequency, phase
 
@@ -28,30 +28,31 @@ def curve(c: Tensor, x: Tensor) -> Tensor:
     return c[..., :1] * torch.sin(c[..., 1:2] * x + c[..., 2:])
 
 
-def loss(params: hf.ConditionalParams, c: Tensor, x: Tensor) -> Tensor:
-    y, _ = model.apply_each(params, batch_stats, c, x, train=True)  # sample i through the weights of c[i]
-    return (y - curve(c, x)).square().mean()
+def objective(params, batch_stats, batch):
+    c, x = batch
+    y, batch_stats = model.apply_each(params, batch_stats, c, x, train=True)  # sample i through the weights of c[i]
+    loss = (y - curve(c, x)).square().mean()
+    return loss, (batch_stats, {"loss": loss})
 
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--steps", type=int, default=1500)
 steps = parser.parse_args().steps
 generator = Generator().manual_seed(0)
-params, batch_stats = model.init(generator)
-optimizer = hf.optim.adam(hf.optim.cosine(0.005, steps))
-opt_state = optimizer.init(params)
-for step in range(steps):
-    c, x = draw(generator, 128), 4 * torch.rand(128, 1, generator=generator) - 2
-    params, opt_state = optimizer.update(grad(loss)(params, c, x), opt_state, params, torch.tensor(step))
+optimizer = optim.adam(optim.cosine(0.005, steps))
+state = training.init_state(model, optimizer, generator)
+step = training.make_step(objective, optimizer)
+for _ in range(steps):
+    state, _ = step(state, (draw(generator, 128), 4 * torch.rand(128, 1, generator=generator) - 2))
 
 c, grid = draw(generator, 200), torch.linspace(-2, 2, 100).unsqueeze(1)
-curves = torch.vmap(lambda one: model.apply(params, batch_stats, one, grid, train=False)[0])(c)
+curves = torch.vmap(lambda one: model.apply(state.params, state.batch_stats, one, grid, train=False)[0])(c)
 truth = curve(c[:, None], grid)
 explained = 1 - (curves - truth).square().mean().item() / truth.var().item()
 print(f"variance explained over 200 curves that were not trained on: {explained:.4f}")
 ax = Figure(figsize=(5.5, 3.2), layout="constrained").subplots()
 for i, colour in enumerate(("#0072b2", "#d55e00", "#009e73", "#cc79a7")):
-    ax.plot(grid, curves[i].detach(), color=colour, label="{:.1f} sin({:.1f} x + {:.1f})".format(*c[i].tolist()))
+    ax.plot(grid, curves[i], color=colour, label="{:.1f} sin({:.1f} x + {:.1f})".format(*c[i].tolist()))
     ax.plot(grid, truth[i], color=colour, linestyle=":", linewidth=3, alpha=0.5)
 ax.set(xlabel="x", ylabel="y", title="one hypernetwork; dotted: the truth")
 ax.legend(fontsize=8)

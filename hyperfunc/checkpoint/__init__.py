@@ -70,9 +70,13 @@ def restore(checkpoint: Checkpoint, name: str, like: Any, *, any_dtype: bool = F
         any_dtype: Whether floating-point numbers may be of another type than those of `like`.
 
     Raises:
-        ValueError: The checkpoint's leaves are others than those of `like`; the message names them.
+        ValueError: The checkpoint holds no pytree of this name, or its leaves are others than those of `like`; the
+            message names them.
     """
     if found := differences(checkpoint, name, like, any_dtype=any_dtype):
+        names = list(dict.fromkeys(path.partition("/")[0] for path in checkpoint.tensors))
+        if names and name.partition("/")[0] not in names:
+            raise ValueError(f"name: the checkpoint holds no {name!r}, expected one of {some(names)}")
         raise ValueError(f"the checkpoint holds another network: {some(found, between='; ')}")
     paths = _paths(name, like)
     return tree.replace_leaves(like, [checkpoint.tensors[path].to(leaf.device) for path, leaf in paths.items()])
