@@ -37,6 +37,7 @@ from hyperfunc import (
     run,
     run_file,
     shares,
+    stateful,
     sweep,
     sync_norm,
     targets,
@@ -57,6 +58,7 @@ from hyperfunc.model import BatchStats, Model, Params, hyper_resnet, hyperize, m
 from hyperfunc.model_file import load, save
 from hyperfunc.overview import summary
 from hyperfunc.residual import ResNet
+from hyperfunc.stateful import as_module
 from hyperfunc.training import Metrics, TrainState
 from hyperfunc.tree import num_params
 
@@ -74,6 +76,7 @@ __all__ = [
     "ResNet",
     "TrainState",
     "__version__",
+    "as_module",
     "build",
     "capture",
     "checkpoint",
@@ -123,6 +126,7 @@ __all__ = [
     "run_file",
     "save",
     "shares",
+    "stateful",
     "summary",
     "sweep",
     "sync_norm",

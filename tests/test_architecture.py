@@ -54,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         *("tree", "data", "differentiate", "conditions", "model", "optim", "precision", "randomness", "residual"),
     },
     "ensembles": {"tree", "arguments", "model", "optim", "training"},
+    "stateful": {"tree", "conditions", "ensembles", "model", "randomness"},
     "population": {"tree", "data", "exits", "interrupt", "training"},
     "sweep": {"files", "flags"},
     "config": {"flags", "hypernet", "launch", "precision", "residual", "tracking", "data", "training", "sweep"},

@@ -7,7 +7,18 @@ from helpers import ROOT
 
 pytestmark = pytest.mark.slow
 
-FILES = ("capture", "compiled_norms", "conditions", "ensembles", "gpu", "hyperize", "kernels", "optim", "randomness")
+FILES = (
+    "capture",
+    "compiled_norms",
+    "conditions",
+    "ensembles",
+    "gpu",
+    "hyperize",
+    "kernels",
+    "optim",
+    "randomness",
+    "stateful",
+)
 
 
 # In two processes, of which neither takes much longer than the other. The compiler's start takes each ten seconds.
