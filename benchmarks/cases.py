@@ -155,12 +155,13 @@ def make_generation(engine: Literal["looped", "vmapped"], width: int, device: to
         network = with_params_of(LoopedHyperResNet(40, width), params).to(device)
         leaves = [*network.generator.parameters(), *network.embeddings.parameters()]
         return lambda: torch.autograd.grad(network.kernels(), leaves, cotangents)
-    generated = params._replace(primary={})
+    values, rebuild = tree.flatten(params._replace(primary={}))
 
-    def kernels(params: hf.Params) -> list[Tensor]:
-        return list(model.kernels(params).values())
+    def generate() -> object:
+        leaves = [value.detach().requires_grad_() for value in values]  # by autograd itself, as an eager step
+        return torch.autograd.grad(list(model.kernels(rebuild(leaves)).values()), leaves, cotangents)
 
-    return lambda: torch.func.vjp(kernels, generated)[1](cotangents)
+    return generate
 
 
 def make_evaluation(
