@@ -1,6 +1,7 @@
 """Hypernetworks for PyTorch as pure functions in the style of JAX."""
 
 from hyperfunc import (
+    attention,
     build,
     capture,
     checkpoint,
@@ -77,6 +78,7 @@ __all__ = [
     "TrainState",
     "__version__",
     "as_module",
+    "attention",
     "build",
     "capture",
     "checkpoint",

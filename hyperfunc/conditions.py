@@ -27,7 +27,7 @@ from hyperfunc.hypernet import HyperNetParams, init_embeddings, root_mean_square
 from hyperfunc.model import BatchStats, Model, Params, check_model
 from hyperfunc.primary import check_module, check_values
 from hyperfunc.randomness import Seed, fold_in
-from hyperfunc.vmap_rules import batch_norm
+from hyperfunc.vmap_rules import AutocastUnderVmap, batch_norm
 
 
 class Encoder(NamedTuple):
@@ -90,8 +90,7 @@ class Conditional(NamedTuple):
             pixels), each sample from its own weights, and updates the one set of running statistics by them: what an
             ordinary network does, and exactly that where all conditions are equal. A loop over samples could not do
             that: it would normalise each sample by itself, unlike evaluation. Buffers of other kinds that a module
-            writes are those of the first sample. Under a `seed` dropout draws for each sample by itself. A
-            `torch.autocast` around the call does not reach the convolutions, because it stands outside of a vmap.
+            writes are those of the first sample. Under a `seed` dropout draws for each sample by itself.
         at: `at(params, condition) -> Params` of `model`: the network of one condition by itself, for `materialize`,
             `save` and all else that takes a model's parameters.
         kernels: `kernels(params, condition) -> {name: tensor}`, the generated tensors.
@@ -208,7 +207,7 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
             own_seed = None if seed is None else fold_in(seed, index)
             return model.apply(mix(params, code), batch_stats, *sample, train=train, seed=own_seed, **kwargs)
 
-        with _BatchNormOverSamples(len(conditions)):
+        with AutocastUnderVmap(), _BatchNormOverSamples(len(conditions)):
             index = torch.arange(len(conditions), device=conditions.device)
             outputs, new_stats = torch.vmap(one, randomness="different")(codes(params, conditions), index, singles)
         # The statistics are those of the whole batch, and so the same from every sample.

@@ -1,9 +1,6 @@
 """Several hypernetworks at once: one model, and parameters with a first dimension over its members.
 
 Whatever is a pure function of one member's state is one of all members' under `torch.vmap`, the training step too.
-
-A `torch.autocast` around a call of `Ensemble.apply` does not reach the convolutions, because it stands outside of the
-vmap; the `precision` of `training.make_train_step` does, under `map_step` too.
 """
 
 # torch.compile cannot trace the evaluation of an annotation, and functions are defined inside of what it traces.
@@ -21,6 +18,7 @@ from hyperfunc.arguments import positive
 from hyperfunc.model import BatchStats, Forward, Model, Params, check_model
 from hyperfunc.optim import Optimizer, check_optimizer
 from hyperfunc.training import M, Step, TrainState
+from hyperfunc.vmap_rules import AutocastUnderVmap
 
 
 class Ensemble(NamedTuple):
@@ -92,7 +90,8 @@ def ensemble(model: Model, n: int) -> Ensemble:
         def one(params: Params, batch_stats: BatchStats) -> Any:
             return model.apply(params, batch_stats, *args, train=train, **kwargs)
 
-        return torch.vmap(one, randomness="different")(params, batch_stats)
+        with AutocastUnderVmap():
+            return torch.vmap(one, randomness="different")(params, batch_stats)
 
     def apply_each(params: Params, batch_stats: BatchStats, /, *args: Any, train: bool, **kwargs: Any) -> Any:
         check("params", params)
@@ -102,7 +101,8 @@ def ensemble(model: Model, n: int) -> Ensemble:
         def one(params: Params, batch_stats: BatchStats, args: tuple[Any, ...]) -> Any:
             return model.apply(params, batch_stats, *args, train=train, **kwargs)
 
-        return torch.vmap(one, randomness="different")(params, batch_stats, args)
+        with AutocastUnderVmap():
+            return torch.vmap(one, randomness="different")(params, batch_stats, args)
 
     def predict(params: Params, batch_stats: BatchStats, *args: Any, **kwargs: Any) -> Float[Tensor, "n classes"]:
         logits, _ = apply(params, batch_stats, *args, train=False, **kwargs)

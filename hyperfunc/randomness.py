@@ -9,13 +9,14 @@ changes from call to call, and the global generator is neither read nor moved.
 
 import math
 from collections.abc import Callable, Iterable
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from hyperfunc.attention import attention_forward
 
 Seed = int | Tensor
 """A whole number, as int or as a tensor of one element."""
@@ -65,7 +66,7 @@ class Seeded(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             with self:
-                return _attention_forward(*args, **kwargs)
+                return attention_forward(*args, **kwargs)
         if func is Tensor.unflatten:  # attention calls it, and torch.compile can trace it in torch 2.7 as a method only
             return args[0].unflatten(*args[1:], **kwargs)
         seeded_form = _SEEDED.get(func)
@@ -349,14 +350,3 @@ _REFUSED = (
     Tensor.log_normal_,
     Tensor.geometric_,
 )
-
-# While a mode handles a call it is off, and so would miss the dropout inside of this function, which is Python; and the
-# function asks for a mode before anything else, so that it cannot be called with the mode on. This is the function
-# with a global name of its own for that question, to which the answer is no.
-_attention_forward = FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**vars(F), "has_torch_function": lambda _: False},
-    "multi_head_attention_forward",
-    F.multi_head_attention_forward.__defaults__,
-)
-_attention_forward.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__

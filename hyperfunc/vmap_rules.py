@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 from hyperfunc import tree
+from hyperfunc.attention import attention_forward
 
 
 def counting_norms(module: nn.Module) -> list[str]:
@@ -41,6 +42,24 @@ class VmapRules(TorchFunctionMode):
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         return _RULES.get(func, _as_it_is)(func, *args, **(kwargs or {}))
+
+
+class AutocastUnderVmap(TorchFunctionMode):
+    """A context around a `torch.vmap` by which a `torch.autocast` around both reaches all products in it: torch takes
+    convolutions, linear layers and attention apart for vmap before autocast has seen them."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return attention_forward(*args, **kwargs)
+        if func in _PRODUCTS and torch.is_autocast_enabled(device := args[0].device.type):
+            dtype = torch.get_autocast_dtype(device)
+            args = tuple(_cast(value, dtype) for value in args)
+            kwargs = {name: _cast(value, dtype) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
 
 
 def batch_norm(
@@ -91,6 +110,12 @@ def _is_sound(
     )
 
 
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """As autocast does it, which leaves float64 alone."""
+    is_cast = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+    return value.to(dtype) if is_cast else value
+
+
 def _as_it_is(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
@@ -139,3 +164,11 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.normalize: _normalize,
     F.rrelu: _rrelu,
 }
+
+_PRODUCTS = (
+    *(torch.conv1d, torch.conv2d, torch.conv3d),
+    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+    *(F.linear, F.scaled_dot_product_attention),
+    *(torch.addmm, torch.addmv, torch.addbmm, torch.baddbmm),
+)
+"""What `AutocastUnderVmap` casts the arguments of; other products autocast sees by itself."""

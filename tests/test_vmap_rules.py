@@ -1,12 +1,14 @@
 """Layers that `torch.vmap` has no rule for, mapped: each member is what it is alone."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hyperfunc as hf
 from hyperfunc import ensembles, optim, training, tree
@@ -161,3 +163,85 @@ def test_a_batch_norm_is_that_of_torch(shape: tuple[int, ...], training: bool, g
     for index, one in enumerate(x):
         alone = [leaf[index] for leaf in found]
         torch.testing.assert_close(alone, list(norm(one)), rtol=EXACT, atol=EXACT)
+
+
+class Products(TorchDispatchMode):
+    """Notes in which types products are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if "mm" in name or "convolution" in name or "attention" in name:
+            self.dtypes |= {arg.dtype for arg in args if isinstance(arg, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+class Attention(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+PRODUCTS: dict[str, tuple[Make, tuple[int, ...]]] = {
+    "conv1d": (lambda: nn.Conv1d(8, 8, 3), (8, 8)),
+    "conv2d": (lambda: nn.Conv2d(8, 8, 3, padding="same"), (8, 8, 8)),
+    "conv3d": (lambda: nn.Conv3d(8, 8, 3), (8, 4, 4, 4)),
+    "conv_transpose1d": (lambda: nn.ConvTranspose1d(8, 8, 3), (8, 8)),
+    "conv_transpose2d": (lambda: nn.ConvTranspose2d(8, 8, 3), (8, 8, 8)),
+    "conv_transpose3d": (lambda: nn.ConvTranspose3d(8, 8, 3), (8, 4, 4, 4)),
+    "linear": (lambda: nn.Linear(8, 8), (8,)),
+    "attention": (lambda: Attention(8, 2, batch_first=True), (5, 8)),
+    "attention with dropout": (lambda: Attention(8, 2, dropout=0.5, batch_first=True), (5, 8)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("case", PRODUCTS)
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_autocast_reaches_every_product_over_members_and_samples(
+    case: str, low: torch.dtype, generator: Generator
+) -> None:
+    make, shape = PRODUCTS[case]
+    base = hf.hyperize(make(), targets="*weight", unit=(4, 4), z_dim=4)
+    members, tasks = hf.ensemble(base, 2), hf.conditional(base, hf.conditions.table(2))
+    x, index = torch.randn(2, *shape, generator=generator), torch.tensor([0, 1])
+    several, one = members.init(generator), tasks.init(generator)
+    how = {"train": True, "seed": 0} if "dropout" in case else {"train": False}
+    calls = {
+        "members": lambda: members.apply(*several, x, **how)[0],
+        "each member": lambda: members.apply_each(*several, torch.stack([x, x]), **how)[0],
+        "samples": lambda: tasks.apply_each(*one, index, x, **how)[0],
+    }
+    for name, call in calls.items():
+        expected = call()
+        with torch.autocast("cpu", low, cache_enabled=False), Products() as products:
+            found = call()
+        assert products.dtypes == {low}, name
+        assert (found.dtype, expected.dtype) == (low, torch.float32), name
+        torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_autocast_leaves_float64_alone_over_members(generator: Generator) -> None:
+    members = hf.ensemble(hf.hyperize(nn.Conv2d(4, 4, 3), targets="weight", unit=(4, 4), z_dim=4), 2)
+    given = tree.to((*members.init(generator), torch.randn(2, 4, 8, 8, generator=generator)), torch.float64)
+    expected, _ = members.apply(*given, train=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = members.apply(*given, train=False)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.traced
+def test_autocast_reaches_the_products_of_a_compiled_call(generator: Generator) -> None:
+    members = hf.ensemble(hf.hyperize(nn.Conv2d(4, 4, 3), targets="weight", unit=(4, 4), z_dim=4), 2)
+    params, batch_stats = members.init(generator)
+
+    def evaluate(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return members.apply(params, batch_stats, x, train=False)[0]
+
+    x = torch.randn(2, 4, 8, 8, generator=generator)
+    found = torch.compile(evaluate, fullgraph=True, backend="aot_eager")(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, evaluate(x))

@@ -18,6 +18,7 @@ FILES = (
     "optim",
     "randomness",
     "stateful",
+    "vmap_rules",
 )
 
 
