@@ -26,7 +26,7 @@ from hyperfunc.arguments import positive
 from hyperfunc.hypernet import HyperNetParams, init_embeddings, root_mean_squares
 from hyperfunc.model import BatchStats, Model, Params, check_model
 from hyperfunc.primary import check_module, check_values
-from hyperfunc.randomness import Seed, fold_in
+from hyperfunc.randomness import Seed, as_traced, fold_in
 from hyperfunc.vmap_rules import AutocastUnderVmap, batch_norm
 
 
@@ -204,7 +204,7 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
         singles = tree.map(lambda leaf: leaf.unsqueeze(1), args)
 
         def one(code: Tensor, index: Tensor, sample: tuple[Any, ...]) -> tuple[Any, BatchStats]:
-            own_seed = None if seed is None else fold_in(seed, index)
+            own_seed = None if seed is None else fold_in(as_traced(seed, index.device), index)
             return model.apply(mix(params, code), batch_stats, *sample, train=train, seed=own_seed, **kwargs)
 
         with AutocastUnderVmap(), _BatchNormOverSamples(len(conditions)):

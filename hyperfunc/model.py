@@ -25,7 +25,7 @@ from hyperfunc.hypernet import (
 )
 from hyperfunc.layers import is_linear_map
 from hyperfunc.primary import check_module, check_values, on_meta, with_values
-from hyperfunc.randomness import Seed, Seeded, drawing_layers
+from hyperfunc.randomness import Seed, Seeded, as_traced, drawing_layers
 from hyperfunc.residual import Block, ResNet, Shortcut, init_weights
 from hyperfunc.targets import Targets, choose
 from hyperfunc.tiling import Kernel, Tiling, assemble, plain_kernel, tile
@@ -315,6 +315,8 @@ def make_forward(module: nn.Module) -> Forward:
                 f"batch_stats: got {type(batch_stats).__name__}, expected tensors by name, as the model's own init "
                 "gives them"
             )
+        if seed is not None and weights:
+            seed = as_traced(seed, next(iter(weights.values())).device)
         # functional_call writes new statistics into the tensors that it is given, so it is given copies.
         new_stats = tree.clone(batch_stats)
         is_mapped = tree.is_mapped((weights, batch_stats, args, kwargs))

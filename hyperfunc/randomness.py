@@ -39,6 +39,14 @@ def fold_in(seed: Seed, number: Seed) -> Seed:
     return _hash((_hash(_state(seed)) + _state(number)) & _MASK)
 
 
+def as_traced(seed: Seed, device: torch.device) -> Seed:
+    """The same seed; while torch.compile traces, as a tensor on that device. A number is compiled in, and once it
+    changes becomes a symbol, of whose hashes the compiler makes expressions that take it minutes."""
+    if torch.compiler.is_compiling() and isinstance(seed, int):
+        return torch.full((), seed, dtype=torch.int64, device=device)
+    return seed
+
+
 class Seeded(TorchFunctionMode):
     """A context in which what is random is a function of `seed` alone.
 

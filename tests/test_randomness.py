@@ -111,6 +111,31 @@ def test_compiled_dropout_equals_eager_and_takes_another_seed_without_compiling_
             torch.testing.assert_close(compiled(torch.tensor(seed)), output(problem, seed))
 
 
+@pytest.mark.traced
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("each", "backend"), [(False, "inductor"), (True, "aot_eager")])
+def test_compiled_dropout_takes_other_numbers_as_seed(each: bool, backend: str) -> None:
+    """By the compiler itself, which would work for minutes on the hash of a number that it knows as a symbol."""
+    base = hf.hyperize(
+        nn.Sequential(nn.Linear(16, 16), nn.Dropout(), nn.Linear(16, 16), nn.Dropout()), targets=nn.Linear
+    )
+    model = hf.conditional(base, hf.conditions.table(2))
+    params, batch_stats = model.init(torch.Generator().manual_seed(0))
+    x = torch.ones(2, 16)
+    apply = model.apply_each if each else model.apply
+    task = torch.tensor([0, 1]) if each else torch.tensor(1)
+
+    def run(seed: int) -> Tensor:
+        return apply(params, batch_stats, task, x, train=True, seed=seed)[0]
+
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    for seed in (3, 4):
+        torch.testing.assert_close(compiled(seed), run(seed))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (5, 2**40 + 3):
+            torch.testing.assert_close(compiled(seed), run(seed))
+
+
 def test_masks_are_independent_and_of_the_right_rate() -> None:
     count, draws, p = 4000, 100, 0.3
     with Seeded(0):
