@@ -15,7 +15,7 @@ def positive(name: str, value: Any) -> int:
     except TypeError:
         number = 0
     if number < 1:
-        raise ValueError(f"{name}: got {value}, expected at least 1, as a whole number")
+        raise ValueError(f"{name}: got {value!r}, expected at least 1, as a whole number")
     return number
 
 

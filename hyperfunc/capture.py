@@ -54,7 +54,11 @@ def compile_step(step: Evaluation, batch: Any, *, channels_last: bool = True) ->
         batch: Any batch of the shapes that will follow.
         channels_last: Whether convolutions read and write in that order of memory. Turn it off for a step under
             `torch.vmap` over parameters: its convolutions are grouped, and for those it is Inductor that should choose.
+
+    Raises:
+        ValueError: A leaf of the batch is no tensor.
     """
+    tree.check_tensors("batch", batch)
     # Inductor itself gives up channels_last wherever all convolutions have 64 channels or fewer.
     options: dict[str, Any] = {"force_layout_optimization": channels_last}
     convolutions = False
@@ -114,9 +118,10 @@ def capture(step: Step, state: Any, batch: Any) -> Step:
         batch: Any batch of the shapes that will follow.
 
     Raises:
-        ValueError: A call's state, or its batch but for the length, has other shapes, dtypes or devices than those
-            given here; the message names leaves.
+        ValueError: A leaf is no tensor; or a call's state, or its batch but for the length, has other shapes, dtypes or
+            devices than those given here. The message names leaves.
     """
+    tree.check_tensors("state, batch", (state, batch))
     if not _on_cuda((state, batch)):
         return step
     # Leaf by leaf: Inductor copies every input that does not begin at a multiple of 16 bytes, and views of one vector

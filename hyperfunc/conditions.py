@@ -124,7 +124,7 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
         ValueError: The model generates nothing, or is not a Model; `encoder` is not an Encoder, or its code has no
             entry. The functions of the result raise one for conditions, or codes, of a wrong shape.
     """
-    check_model(model)
+    check_model(model, "hyperize makes one of a module; others cannot be made to depend on a condition")
     if not isinstance(encoder, Encoder):
         raise ValueError(
             f"encoder: got {type(encoder).__name__}, expected an Encoder; conditions.from_module makes one of a module"
@@ -146,6 +146,10 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
         return ConditionalParams(encoder_params, params._replace(embeddings=tables)), batch_stats
 
     def codes(params: ConditionalParams, conditions: Tensor) -> Float[Tensor, "n code"]:
+        if not isinstance(params, ConditionalParams):
+            raise ValueError(
+                f"params: got a {type(params).__name__}, expected the ConditionalParams of the conditional model's init"
+            )
         found = encoder.apply(params.encoder, conditions)
         if not isinstance(found, Tensor):
             raise ValueError(
@@ -244,6 +248,7 @@ def table(count: int) -> Encoder:
 
 def bounded(low: Sequence[float], high: Sequence[float]) -> Encoder:
     """For vectors within bounds: the code is `encode_bounded` of the vector, two numbers an entry, without parameters.
+    A vector outside of them gets the code of another one.
 
     A condition is a tensor of shape (len(low),).
 

@@ -16,31 +16,32 @@ Function = Callable[[Any], tuple[Tensor, Any]]
 """A loss of one pytree, a single number, and what comes beside it."""
 
 Differentiate = Callable[[Function, Any, Any], tuple[Any, Any]]
-"""The gradient of a function, and what comes beside; of the third, all that it depends on, somebody outside may ask
-for a derivative."""
+"""`differentiate(function, params, depends_on) -> (gradient, what comes beside)`. The third is all that the function
+depends on, its parameters among it: whoever asks for a derivative by it gets one."""
 
 
 def make_differentiate() -> Differentiate:
-    """Builds `differentiate(function, params, inputs)`, for functions of one network."""
+    """Builds a `Differentiate`, for functions of one network."""
     # It is the network that keeps autograd from differentiating it by itself, and so no second step runs it twice.
     is_refused = False
 
-    def differentiate(function: Function, params: Any, inputs: Any) -> tuple[Any, Any]:
+    def differentiate(function: Function, params: Any, depends_on: Any) -> tuple[Any, Any]:
         nonlocal is_refused
-        if torch.compiler.is_compiling() or tree.is_differentiated(inputs):
+        if torch.compiler.is_compiling() or tree.is_differentiated(depends_on):
             return grad(function, has_aux=True)(params)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
-                return differentiate(function, params, inputs)
-        if not is_refused and tree.is_for_autograd(inputs):
-            found = _plain_gradient(function, params)
+                return differentiate(function, params, depends_on)
+        if not is_refused and tree.is_for_autograd(depends_on):
+            found = _plain_gradient(_without_cache(function), params)
             if found is not None:
                 return found
             is_refused = True
-        answer: Any = vjp(function, params, has_aux=True)
+        answer: Any = vjp(_without_cache(function), params, has_aux=True)
         total, pull_back, aux = answer
         (gradients,) = pull_back(torch.ones_like(total), retain_graph=False, create_graph=False)
-        return gradients, aux
+        # It may hang on what the function closes over, which nobody asked about.
+        return gradients, tree.map(Tensor.detach, aux)
 
     return differentiate
 
@@ -62,6 +63,21 @@ def _plain_gradient(function: Function, params: Any) -> tuple[Any, Any] | None:
     if any(gradient is None for gradient in found):
         return None
     return tree.replace_leaves(params, found), tree.map(Tensor.detach, aux)
+
+
+def _without_cache(function: Function) -> Function:
+    """The function where an autocast around the caller does not keep what it makes of the parameters: they are new
+    tensors at every call, so that it would only grow."""
+
+    def call(params: Any) -> tuple[Tensor, Any]:
+        before = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            return function(params)
+        finally:
+            torch.set_autocast_cache_enabled(before)
+
+    return call
 
 
 _NO_HOOKS = (

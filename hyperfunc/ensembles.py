@@ -32,7 +32,7 @@ class Ensemble(NamedTuple):
             members on the same input; the outputs have the members as first dimension.
         apply_each: The same, with an input for each member: `args` have the members as first dimension too.
         predict: `predict(params, batch_stats, *args, **kwargs) -> (n, classes)`: the mean over the members of their
-            softmax probabilities, in evaluation.
+            softmax probabilities, in evaluation. Other outputs are `apply(..., train=False)[0].mean(0)`.
         member: `member(stacked, index)`: one member's part of a stacked pytree, be it parameters, statistics or a
             training state: for `materialize`, `save` and all else that takes a single model's.
         model: The model that all members are of.
@@ -68,7 +68,7 @@ def ensemble(model: Model, n: int) -> Ensemble:
         ValueError: `n` is not a positive whole number, or `model` is not a Model. The functions of the result raise one
             for tensors without the members as first dimension, and `member` for an index out of range.
     """
-    check_model(model)
+    check_model(model, "hyperize makes one of a module; there are no ensembles of others")
     n = positive("n", n)
 
     def init(generator: Generator) -> tuple[Params, BatchStats]:
@@ -106,6 +106,11 @@ def ensemble(model: Model, n: int) -> Ensemble:
 
     def predict(params: Params, batch_stats: BatchStats, *args: Any, **kwargs: Any) -> Float[Tensor, "n classes"]:
         logits, _ = apply(params, batch_stats, *args, train=False, **kwargs)
+        if logits.shape[-1] < 2:
+            raise ValueError(
+                f"predict: got outputs of shape {tuple(logits.shape)}, expected logits of two classes or more; the "
+                "mean of other outputs is apply(..., train=False)[0].mean(0)"
+            )
         return logits.softmax(dim=-1).mean(dim=0)
 
     def member(stacked: Any, index: int) -> Any:
@@ -145,16 +150,22 @@ def map_step(step: Step[M]) -> Step[M]:
 
 def map_step_each(step: Step[M]) -> Step[M]:
     """`map_step` with a batch for each member: every leaf of the batch has the members as first dimension."""
-    return _of_members(torch.vmap(step, randomness="different"))
+    return _of_members(torch.vmap(step, randomness="different"), each=True)
 
 
-def _of_members(mapped: Step[M]) -> Step[M]:
+def _of_members(mapped: Step[M], *, each: bool = False) -> Step[M]:
     def step(state: TrainState, batch: Any) -> tuple[TrainState, M]:
         if not state.step.dim():
             raise ValueError(
                 "state: got that of a single network, expected the members as first dimension, as ensembles.init_state "
                 "makes it"
             )
+        for leaf in tree.leaves(batch) if each else ():
+            if leaf.shape[:1] != state.step.shape:
+                raise ValueError(
+                    f"batch: got a leaf of shape {tuple(leaf.shape)} for {len(state.step)} members, expected one batch "
+                    "for each, stacked along the first dimension; with the same batch for all there is map_step"
+                )
         return mapped(state, batch)
 
     return step

@@ -264,7 +264,9 @@ def from_recipe(recipe: Mapping[str, Any], module: nn.Module | None = None) -> M
 
 
 def check_model(
-    model: Any, cure: str = "that of a Conditional or an Ensemble is its `model`, and hyperize makes one of a module"
+    model: Any,
+    cure: str = "a Conditional, an Ensemble and what as_module made have one as their `model`, for the parameters that "
+    "`at`, `member` and `trees` give; and hyperize makes one of a module",
 ) -> None:
     """Raises a ValueError where it is another kind of object; `cure` says what to do instead."""
     if not isinstance(model, Model):
@@ -305,6 +307,8 @@ def make_forward(module: nn.Module) -> Forward:
         seed: Seed | None = None,
         **kwargs: Any,
     ) -> tuple[Any, BatchStats]:
+        if not isinstance(train, bool):
+            raise ValueError(f"train: got {train!r}, expected True or False")
         if train and seed is None and drawing:
             raise ValueError(
                 f"seed: the module is random in training, in {some(drawing, 4)}; give apply a seed=, another one for "
@@ -444,7 +448,8 @@ def _make_model(
         found = {key: len(z) if z.dim() == 2 else tuple(z.shape[:-1]) for key, z in params.embeddings.items()}
         if found != units_of:
             raise ValueError(
-                f"params: they hold embeddings {found} and the model needs {units_of}; give those of its init"
+                f"params: they hold embeddings {found} and the model needs {units_of}; give those of its init, or of "
+                "one member or condition"
             )
         for key, z in params.embeddings.items():
             shapes = (z.shape[1:], *(leaf.shape for leaf in params.generator.get(key, ())))

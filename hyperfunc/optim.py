@@ -6,7 +6,7 @@ into a compiled or captured step.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise
@@ -19,7 +19,7 @@ from torch import Tensor
 from hyperfunc import tree
 from hyperfunc.arguments import some
 
-Names = str | Sequence[str] | Callable[[str], bool]
+Names = str | Iterable[str] | Callable[[str], bool]
 """Leaves of a pytree: glob patterns of their paths, as `tree.named_leaves` gives them, or a predicate on a path."""
 
 Schedule = Callable[[Tensor], Tensor]
@@ -105,9 +105,9 @@ def adam(
 
     def update(grads: Any, opt_state: Moments, params: Any, step: Int[Tensor, ""]) -> tuple[Any, Moments]:
         _check_step(step)
-        _check_state(opt_state, Moments)
         g, _ = tree.ravel(grads)
         theta, unravel = tree.ravel(params)
+        _check_state(opt_state, Moments, theta)
         lr = schedule(step)
         t = step.double() + 1
         if decoupled:
@@ -145,9 +145,9 @@ def sgd(learning_rate: float | Schedule, *, momentum: float = 0.9, weight_decay:
 
     def update(grads: Any, opt_state: Momentum, params: Any, step: Int[Tensor, ""]) -> tuple[Any, Momentum]:
         _check_step(step)
-        _check_state(opt_state, Momentum)
         g, _ = tree.ravel(grads)
         theta, unravel = tree.ravel(params)
+        _check_state(opt_state, Momentum, theta)
         if weight_decay:
             g = torch.add(g, theta, alpha=weight_decay)
         m = momentum * opt_state.m + g
@@ -183,7 +183,7 @@ def scaled(optimizer: Optimizer, *, first: float = 2.0**16, grow_after: int = 20
             positive.
     """
     check_optimizer(optimizer)
-    if not (math.isfinite(first) and first > 0):
+    if not _is_finite(first) or first <= 0:
         raise ValueError(f"first: got {first}, expected a finite number above 0")
     if grow_after < 1:
         raise ValueError(f"grow_after: got {grow_after}, expected at least 1")
@@ -196,15 +196,10 @@ def scaled(optimizer: Optimizer, *, first: float = 2.0**16, grow_after: int = 20
 
     def update(grads: Any, opt_state: Scaled, params: Any, step: Int[Tensor, ""]) -> tuple[Any, Scaled]:
         scale, streak, inner = opt_state
-        g, unravel = tree.ravel(grads)
-        theta, _ = tree.ravel(params)
+        g, _ = tree.ravel(grads)
+        theta, unravel = tree.ravel(params)
         finite = g.isfinite().all()
-        if optimizer.elementwise:
-            # As the vectors that they are: cut up and joined again, they would be a kernel for each leaf.
-            new_theta, new_inner = optimizer.update(g / scale, inner, theta, step)
-        else:
-            new_params, new_inner = optimizer.update(unravel(g / scale), inner, params, step)
-            new_theta, _ = tree.ravel(new_params)
+        new_theta, new_inner = _update_vectors(optimizer, g / scale, inner, theta, step, unravel)
         streak = torch.where(finite, streak + 1, 0)
         grows = streak >= grow_after
         # A scale that is halved for ever would become 0, and one that is doubled for ever infinite.
@@ -221,17 +216,19 @@ def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
     larger (Pascanu, Mikolov and Bengio 2013, arXiv 1211.5063, section 3.2); equal to
     `torch.nn.utils.clip_grad_norm_`.
 
-    Where a loss is scaled as well, it is `scaled(clipped(...))`, so that the norm is that of the gradients themselves.
+    The order of those that go around another is `frozen(scaled(clipped(adam(...)), ...))`: the norm is then that of the
+    gradients themselves, not scaled, and of those that count.
 
     Args:
         optimizer: What the gradients go to. Its own weight decay is not counted to their norm.
         max_norm: The greatest norm.
 
     Raises:
-        ValueError: `optimizer` is none of this module's, or a scaled one; or `max_norm` is not positive or not finite.
+        ValueError: `optimizer` is none of this module's, or `max_norm` is not positive or not finite. Its `init` raises
+            one where `optimizer` is a scaled one.
     """
     check_optimizer(optimizer)
-    if not (math.isfinite(max_norm) and max_norm > 0):
+    if not _is_finite(max_norm) or max_norm <= 0:
         raise ValueError(f"max_norm: got {max_norm}, expected a finite number above 0")
 
     def init(params: Any) -> Any:
@@ -244,13 +241,11 @@ def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
         return opt_state
 
     def update(grads: Any, opt_state: Any, params: Any, step: Int[Tensor, ""]) -> tuple[Any, Any]:
-        g, unravel = tree.ravel(grads)
+        g, _ = tree.ravel(grads)
+        theta, unravel = tree.ravel(params)
         g = g * (max_norm / (torch.linalg.vector_norm(g) + 1e-6)).clamp(max=1)
-        if not optimizer.elementwise:
-            return optimizer.update(unravel(g), opt_state, params, step)
-        # As the vectors that they are; see `scaled`.
-        theta, new_opt_state = optimizer.update(g, opt_state, tree.ravel(params)[0], step)
-        return unravel(theta), new_opt_state
+        new_theta, opt_state = _update_vectors(optimizer, g, opt_state, theta, step, unravel)
+        return unravel(new_theta), opt_state
 
     return Optimizer(init, update, optimizer.learning_rate, optimizer.elementwise)
 
@@ -258,37 +253,45 @@ def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
 def frozen(optimizer: Optimizer, names: Names) -> Optimizer:
     """`optimizer` for all parameters but those that `names` chooses, which stay what they are.
 
-    The optimizer does not see them: it keeps no state for them, and neither its weight decay nor a `clipped` inside
-    counts them. Their gradients are computed all the same, unless the step is compiled.
+    The optimizer does not see them: it keeps no state for them, and neither its weight decay nor a `scaled` or
+    `clipped` inside counts them; one outside would. Its state is of no use once others are frozen. The gradients of
+    frozen ones are computed all the same, unless the step is compiled.
 
         optim.frozen(optim.adam(0.002), "primary/*")        # trains generator and embeddings alone
         optim.frozen(optim.adam(0.002), ["generator/*", "primary/stem.*"])
 
     Args:
         optimizer: What trains the others.
-        names: Glob patterns of paths, or a predicate on a path. The paths are those of `tree.named_leaves`, such as
-            'generator/3x3/w_in', 'embeddings/3x3' and 'primary/stem.weight'; '*' stands for any characters.
+        names: Glob patterns of paths, or a predicate on a path. The paths are those of `tree.named_leaves`: of a Model
+            'generator/3x3/w_in', 'embeddings/3x3', 'primary/stem.weight' and so on, of a Conditional the same after
+            'model/', and those of the encoder after 'encoder/'. '*' stands for any characters.
 
     Raises:
-        ValueError: `optimizer` is none of this module's. Its functions raise one where a pattern matches no parameter,
-            or where no parameter is left to train.
+        ValueError: `optimizer` is none of this module's, or `names` are no names. Its functions raise one where a
+            pattern matches no parameter, where none is frozen, and where none is left to train.
     """
     check_optimizer(optimizer)
+    patterns: tuple[Any, ...] = ()
+    if not callable(names):
+        patterns = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Iterable) else (names,)
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                kind = type(pattern).__name__
+                raise ValueError(f"names: got a {kind}, expected a glob pattern, several, or a predicate on a path")
 
     # Of strings alone, so that torch.compile, which cannot trace the matching of patterns, need not.
     @torch.compiler.assume_constant_result
     def stays(paths: tuple[str, ...]) -> tuple[bool, ...]:
-        if callable(names):
-            found = tuple(names(path) for path in paths)
-        else:
-            patterns = [names] if isinstance(names, str) else names
-            for pattern in patterns:
-                if not any(fnmatchcase(path, pattern) for path in paths):
-                    raise ValueError(
-                        f"names: no parameter is called {pattern!r}, expected a path or glob pattern of these: "
-                        f"{some(list(paths))}"
-                    )
-            found = tuple(any(fnmatchcase(path, pattern) for pattern in patterns) for path in paths)
+        for pattern in patterns:
+            if not any(fnmatchcase(path, pattern) for path in paths):
+                raise ValueError(
+                    f"names: no parameter is called {pattern!r}, expected a path or glob pattern of these: "
+                    f"{some(list(paths))}"
+                )
+        matches = names if callable(names) else lambda path: any(fnmatchcase(path, pattern) for pattern in patterns)
+        found = tuple(bool(matches(path)) for path in paths)
+        if not any(found):
+            raise ValueError(f"names: got {names!r}, which freezes none of these: {some(list(paths))}")
         if all(found):
             raise ValueError(f"names: got {names!r}, which leaves no parameter to train")
         return found
@@ -306,6 +309,18 @@ def frozen(optimizer: Optimizer, names: Names) -> Optimizer:
         return tree.replace_leaves(params, leaves), opt_state
 
     return Optimizer(init, update, optimizer.learning_rate)
+
+
+def _update_vectors(
+    optimizer: Optimizer, g: Tensor, opt_state: Any, theta: Tensor, step: Tensor, unravel: Callable[[Tensor], Any]
+) -> tuple[Tensor, Any]:
+    """An update of parameters theta that have been joined to one vector, as their gradients g have; `unravel` parts
+    them."""
+    if optimizer.elementwise:
+        # As the vectors that they are: cut up and joined again, they would be a kernel for each leaf.
+        return optimizer.update(g, opt_state, theta, step)
+    params, opt_state = optimizer.update(unravel(g), opt_state, unravel(theta), step)
+    return tree.ravel(params)[0], opt_state
 
 
 def constant(value: float) -> Schedule:
@@ -395,9 +410,16 @@ def _as_schedule(learning_rate: float | Schedule) -> Schedule:
     return learning_rate if callable(learning_rate) else constant(learning_rate)
 
 
-def _check_rate(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: got {value}, expected a finite number of at least 0")
+def _check_rate(name: str, value: Any) -> None:
+    if not _is_finite(value) or value < 0:
+        raise ValueError(f"{name}: got {value!r}, expected a finite number of at least 0")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
 
 
 def _check_step(step: Any) -> None:
@@ -407,7 +429,12 @@ def _check_step(step: Any) -> None:
         )
 
 
-def _check_state(opt_state: Any, kind: type) -> None:
+def _check_state(opt_state: Any, kind: type, theta: Tensor) -> None:
+    if isinstance(opt_state, kind) and opt_state[0].shape != theta.shape:
+        raise ValueError(
+            f"opt_state: got that of {len(opt_state[0]):,} parameters for {len(theta):,}, expected what the optimizer's"
+            " `init` gives for these; where others are frozen than before, it begins anew"
+        )
     if not isinstance(opt_state, kind):
         raise ValueError(
             f"opt_state: got a {type(opt_state).__name__}, expected the {kind.__name__} that the optimizer's own "

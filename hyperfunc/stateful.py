@@ -1,7 +1,7 @@
 """A model as an ordinary `nn.Module` that holds its parameters and statistics: for programs that are built on modules,
 optimizers of torch, `DistributedDataParallel`, trainers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,39 +38,59 @@ class Stateful(nn.Module):
         self.model = model
         self.params, self.batch_stats = nn.Module(), nn.Module()
         self._function = apply
-        self._draws = bool(drawing_layers((model if isinstance(model, Model) else model.model).module))
-        self._parameter_places = _places(self.params, tree.named_leaves(params))
-        self._buffer_places = _places(self.batch_stats, tree.named_leaves(batch_stats))
-        for (holder, name), leaf in zip(self._parameter_places, tree.leaves(params), strict=True):
-            holder.register_parameter(name, nn.Parameter(leaf.detach().clone()))
-        for (holder, name), leaf in zip(self._buffer_places, tree.leaves(batch_stats), strict=True):
-            holder.register_buffer(name, leaf.detach().clone())
+        primary = (model if isinstance(model, Model) else model.model).module
+        self._draws = bool(drawing_layers(primary))
+        fixed = {name for name, parameter in primary.named_parameters() if not parameter.requires_grad}
+        self._parameter_places: list[Place] = []
+        for path, leaf in tree.named_leaves(params).items():
+            trains = leaf.is_floating_point() and path.partition("primary/")[2] not in fixed
+            holder, name = _place(self.params, path)
+            holder.register_parameter(name, nn.Parameter(leaf.detach().clone(), requires_grad=trains))
+            self._parameter_places.append((holder, name))
+        saved = primary.state_dict().keys()
+        self._buffer_places: list[Place] = []
+        for path, leaf in tree.named_leaves(batch_stats).items():
+            holder, name = _place(self.batch_stats, path)
+            holder.register_buffer(name, leaf.detach().clone(), persistent=path in saved)
+            self._buffer_places.append((holder, name))
         _, self._like_params = tree.flatten(params)
         _, self._like_stats = tree.flatten(batch_stats)
 
     def trees(self) -> tuple[Any, BatchStats]:
-        """The parameters and the statistics, as the pytrees that the model's functions take: for `materialize`, `save`
-        and all else. Their leaves are this module's own tensors."""
-        return self._like_params(_tensors(self._parameter_places)), self._like_stats(_tensors(self._buffer_places))
+        """The parameters and the statistics, as the pytrees that the model's functions take. Their leaves are without
+        a gradient, and share the memory of this module's own."""
+        params, batch_stats = self._own_trees()
+        return tree.map(Tensor.detach, params), tree.map(Tensor.detach, batch_stats)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs of `apply`; in training the new statistics are written into the buffers.
 
         Networks with dropout take a `seed` here too; without one it is drawn from torch's global generator.
         """
-        params, batch_stats = self.trees()
+        if "train" in kwargs:
+            raise ValueError(
+                "train: got it by keyword, expected no such argument; the methods train() and eval() set it"
+            )
+        params, batch_stats = self._own_trees()
         if self.training and self._draws and kwargs.get("seed") is None:
             kwargs["seed"] = torch.randint(2**62, (), device=tree.leaves(params)[0].device)
         outputs, new_stats = self._function(params, batch_stats, *args, train=self.training, **kwargs)
         if self.training:
             with torch.no_grad():
-                for old, new in zip(tree.leaves(batch_stats), tree.leaves(new_stats), strict=True):
-                    old.copy_(new)
+                for place, new in zip(self._buffer_places, tree.leaves(new_stats), strict=True):
+                    _write(place, new)
         return outputs
 
     def extra_repr(self) -> str:
         """The model."""
         return repr(self.model)
+
+    def _own_trees(self) -> tuple[Any, BatchStats]:
+        params, batch_stats = (
+            [getattr(holder, name) for holder, name in places]
+            for places in (self._parameter_places, self._buffer_places)
+        )
+        return self._like_params(params), self._like_stats(batch_stats)
 
 
 def as_module(
@@ -88,8 +108,11 @@ def as_module(
         loss = F.cross_entropy(net(images), labels)
 
     In training each call writes the new statistics into the module's buffers, and in evaluation none. It generates all
-    kernels at each call; `materialize(net.model, *net.trees())` does so once. Its functions cannot be pickled: save
-    `state_dict()`, or give `trees()` to `save`.
+    kernels at each call; of a Model `materialize(net.model, *net.trees())` does so once. Its functions cannot be
+    pickled: save `state_dict()`, or give a Model's `trees()` to `save`. What has requires_grad=False in the module that
+    a model was made of has it here. The buffers of an encoder are constants in its function, which are neither moved
+    nor saved with this module. As everywhere, `torch.utils.checkpoint` must not be used inside of the primary network;
+    around the whole of it it can be.
 
     Args:
         model: Of `hyper_resnet`, `hyperize`, `conditional` or `ensemble`.
@@ -98,28 +121,49 @@ def as_module(
         apply: Which of its functions a call is; its `apply` where not given. The other choice is `model.apply_each`.
 
     Raises:
-        ValueError: `model` is none of those, or a leaf is no tensor.
+        ValueError: `model` is none of those, `params` and `batch_stats` are not what its init gives, or a path in them
+            cannot be a name in a module.
     """
     if not isinstance(model, (Conditional, Ensemble)):
         check_model(model, "hyperize makes one of a module")
+    for name, value, kind in (
+        ("params", params, ConditionalParams if isinstance(model, Conditional) else Params),
+        ("batch_stats", batch_stats, dict),
+    ):
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"{name}: got a {type(value).__name__}, expected a {kind.__name__}, as the model's init gives it"
+            )
     tree.check_tensors("params", params)
     tree.check_tensors("batch_stats", batch_stats)
     return Stateful(model, params, batch_stats, apply or model.apply)
 
 
-def _places(root: nn.Module, leaves: Mapping[str, Tensor]) -> list[Place]:
-    """Where each leaf goes: a module for each part of a path but the last, which is the name of the tensor."""
-    places: list[Place] = []
-    for path in leaves:
-        *parts, name = path.replace("/", ".").split(".")
-        holder = root
-        for part in parts:
-            if part not in holder._modules:
-                holder.add_module(part, nn.Module())
-            holder = holder.get_submodule(part)
-        places.append((holder, name))
-    return places
+def _place(root: nn.Module, path: str) -> Place:
+    """A module for each part of a path but the last, which is the name of a tensor in it."""
+    *parts, name = path.replace("/", ".").split(".")
+    holder = root
+    for part in parts:
+        if part not in holder._modules:
+            _check_free(holder, part, path)
+            holder.add_module(part, nn.Module())
+        holder = holder.get_submodule(part)
+    _check_free(holder, name, path)
+    return holder, name
 
 
-def _tensors(places: list[Place]) -> list[Tensor]:
-    return [getattr(holder, name) for holder, name in places]
+def _check_free(holder: nn.Module, name: str, path: str) -> None:
+    if not name or hasattr(holder, name):
+        raise ValueError(
+            f"params: {path} cannot be the name of a tensor in a module, because {name!r} is taken or empty; name it "
+            "otherwise in the encoder's parameters"
+        )
+
+
+def _write(place: Place, new: Tensor) -> None:
+    holder, name = place
+    old = getattr(holder, name)
+    if (old.shape, old.dtype) == (new.shape, new.dtype):
+        old.copy_(new)
+    else:  # forward has put another in its place
+        setattr(holder, name, new.detach())

@@ -126,7 +126,8 @@ def _matches(module: nn.Module, uses: dict[str, list[Use]], target: Target) -> s
         first = {use.name: name for name, places in uses.items() for use in places}
         found = {first[name] for name in first if name == target or fnmatchcase(name, target)}
         if not found:
-            near = difflib.get_close_matches(target, first, n=3, cutoff=0.4)
+            near = [name for name in first if name.startswith(f"{target}.")][:3]  # where it names a layer
+            near = near or difflib.get_close_matches(target, first, n=3, cutoff=0.4)
             hint = f"; near names: {', '.join(near)}" if near else f"; it has {some(list(first))}"
             raise ValueError(f"targets: the module has no parameter {target!r}{hint}")
         return found

@@ -91,7 +91,10 @@ def init_state(model: Model | Conditional, optimizer: Optimizer, generator: torc
         ValueError: `model` is neither a Model nor a Conditional, or `optimizer` none of `optim`.
     """
     if not isinstance(model, Conditional):
-        check_model(model, "for an Ensemble there is ensembles.init_state")
+        check_model(
+            model,
+            "hyperize makes one of a module; a Conditional will do, and for an Ensemble there is ensembles.init_state",
+        )
     check_optimizer(optimizer)
     params, batch_stats = model.init(generator)
     step = torch.zeros((), dtype=torch.int64, device=generator.device)
@@ -152,13 +155,16 @@ def make_train_step(
             for labels that are not class numbers of shape (n,).
     """
     check_model(
-        model, "for an Ensemble there is ensembles.map_step, and for a Conditional or any other objective make_step"
+        model,
+        "hyperize makes one of a module; for an Ensemble there is ensembles.map_step, for a Conditional or any other "
+        "objective make_step",
     )
     check_optimizer(optimizer)
     check_precision(precision)
     gradient = _make_gradient(model, decay, weight_decay, precision, seed, summed=reduce is not None)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        _check_state(state)
         images, labels = _loaded(load, batch)
         grads, (loss, logits, batch_stats) = gradient(state, images, labels, _scale(state))
         metrics = _metrics(loss * len(labels), logits, labels)
@@ -171,7 +177,7 @@ def make_train_step(
 
 def make_step(objective: Objective, optimizer: Optimizer, *, seed: int | None = None) -> Step[Any]:
     """Builds `step(state, batch) -> (new state, metrics)` that descends an objective of the caller's own: any loss, any
-    inputs, a `Conditional`, several networks at once.
+    inputs, a `Conditional`.
 
         def objective(params, batch_stats, batch):
             task, images, targets = batch
@@ -182,8 +188,11 @@ def make_step(objective: Objective, optimizer: Optimizer, *, seed: int | None = 
         state = training.init_state(tasks, optimizer, generator)
         step = training.make_step(objective, optimizer)
 
-    The arguments are never written. The step can be scanned, compiled, captured, and mapped over members, as that of
-    `make_train_step`, if the objective can: it must be pure, and must not look at the values of tensors.
+    The arguments are never written. The step can be compiled, captured, mapped over members, and, where all leaves of
+    a batch have the examples first, scanned, as that of `make_train_step`, if the objective can: it must be pure, and
+    must not look at the values of tensors. What it differentiates itself, it should by `torch.func`; and no tensor that
+    it closes over should require a gradient, which a compiled step would go on to keep the graph of. At the first step
+    it may be called twice.
 
     Args:
         objective: `objective(params, batch_stats, batch) -> (loss, (new batch_stats, metrics))`, where `params` and
@@ -194,20 +203,27 @@ def make_step(objective: Objective, optimizer: Optimizer, *, seed: int | None = 
             a function of this one and of the step, for the `seed` of an `apply`.
 
     Raises:
-        ValueError: `optimizer` is none of `optim`. The step raises one for an objective that returns something else.
+        ValueError: `objective` cannot be called, or `optimizer` is none of `optim`. The step raises one for an
+            objective that returns something else.
     """
+    if not callable(objective):
+        raise ValueError(
+            f"objective: got a {type(objective).__name__}, expected a function of (params, batch_stats, batch); for "
+            "the cross-entropy of a Model there is make_train_step"
+        )
     check_optimizer(optimizer)
     differentiate = make_differentiate()
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        _check_state(state)
         scale, drawn = _scale(state), {} if seed is None else {"seed": fold_in(seed, state.step)}
 
         def function(params: Any) -> tuple[Tensor, tuple[BatchStats, Any]]:
-            loss, beside = _checked(objective(params, state.batch_stats, batch, **drawn))
+            loss, beside = _checked(objective(params, state.batch_stats, batch, **drawn), state.batch_stats)
             return loss if scale is None else loss * scale, beside
 
-        inputs = state, [leaf for leaf in tree.leaves(batch) if isinstance(leaf, Tensor)]
-        grads, (batch_stats, metrics) = differentiate(function, state.params, inputs)
+        depends_on = state, [leaf for leaf in tree.leaves(batch) if isinstance(leaf, Tensor)]
+        grads, (batch_stats, metrics) = differentiate(function, state.params, depends_on)
         return _updated(state, optimizer, grads, batch_stats), metrics
 
     return step
@@ -373,6 +389,21 @@ _Beside = tuple[Tensor, Tensor, BatchStats]
 """The loss, the logits and the new statistics."""
 
 
+def _check_state(state: Any) -> None:
+    """Raises a ValueError where it is no state of a single network."""
+    if not isinstance(state, TrainState) or not isinstance(state.step, Tensor):
+        what = f"a {type(state).__name__}" if not isinstance(state, TrainState) else f"the step {state.step!r}"
+        raise ValueError(
+            f"state: got {what}, expected a TrainState whose step is a tensor, as init_state gives it; a step is "
+            "called as step(state, batch)"
+        )
+    if state.step.dim():
+        raise ValueError(
+            f"state: got that of {len(state.step)} members, expected that of one network; map the step, by "
+            "ensembles.map_step"
+        )
+
+
 def _scale(state: TrainState) -> Tensor | None:
     """What the loss is to be multiplied by before its gradient is taken."""
     return state.opt_state.scale if isinstance(state.opt_state, Scaled) else None
@@ -383,21 +414,36 @@ def _updated(state: TrainState, optimizer: Optimizer, grads: Any, batch_stats: B
     return TrainState(state.step + 1, params, batch_stats, opt_state)
 
 
-def _checked(answer: Any) -> tuple[Tensor, tuple[BatchStats, Any]]:
+def _checked(answer: Any, old_stats: BatchStats) -> tuple[Tensor, tuple[BatchStats, Any]]:
     """What an objective returned, when it is seen to be what one must return."""
     pairs = isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], tuple) and len(answer[1]) == 2
     if not pairs or not isinstance(answer[0], Tensor):
-        found = ", ".join(type(part).__name__ for part in (answer if isinstance(answer, tuple) else [answer]))
-        raise ValueError(f"objective: returned ({found}), expected (loss, (new batch_stats, metrics))")
+        raise ValueError(f"objective: returned {_kinds(answer)}, expected (loss, (new batch_stats, metrics))")
     loss, beside = answer
     if loss.dim() or not loss.is_floating_point():
         raise ValueError(
             f"objective: returned a loss of {tree.describe(loss)}, expected a single number, such as the mean over the "
             "batch"
         )
+    if not torch.compiler.is_compiling() and not loss.requires_grad:
+        raise ValueError(
+            "objective: returned a loss that does not depend on params, so that nothing would be learned; expected one "
+            "that is computed from the params it is given, and neither detached nor under torch.no_grad"
+        )
+    if isinstance(old_stats, dict) and (not isinstance(beside[0], dict) or beside[0].keys() != old_stats.keys()):
+        raise ValueError(
+            "objective: returned other batch_stats than it was given, expected (loss, (new batch_stats, metrics)), "
+            "with the statistics that apply returns"
+        )
     for name, part in zip(("batch_stats", "metrics"), beside, strict=True):
         tree.check_tensors(f"objective's {name}", part)
     return loss, beside
+
+
+def _kinds(value: Any) -> str:
+    if type(value) is tuple:
+        return f"({', '.join(_kinds(part) for part in value)})"
+    return type(value).__name__
 
 
 def _make_gradient(
@@ -476,11 +522,11 @@ def _silent_biases(model: Model) -> tuple[str, ...]:
 
 
 def _gradient(
-    function: Function, params: Params, inputs: Any, constant: tuple[str, ...], differentiate: Differentiate
+    function: Function, params: Params, depends_on: Any, constant: tuple[str, ...], differentiate: Differentiate
 ) -> tuple[Params, _Beside]:
     """As `torch.func.grad(function, has_aux=True)(params)`, which keeps all that the way forward has stored to the end,
-    because its result may be differentiated again. Where nobody does that, by any of `inputs`, it is freed on the way
-    back.
+    because its result may be differentiated again. Where nobody does that, by anything that it depends on, it is freed
+    on the way back.
 
     Those named in `constant` get zeros, made at once and not one by one as torch.func would.
     """
@@ -488,14 +534,16 @@ def _gradient(
     if isinstance(params, Params):
         fixed = {name: value for name, value in params.primary.items() if name in constant}
     if not fixed:
-        return differentiate(function, params, inputs)
+        return differentiate(function, params, depends_on)
 
     def with_primary(params: Params, primary: dict[str, Tensor]) -> Params:
         # Not _replace, which torch.compile cannot trace in torch 2.7.
         return Params(params.generator, params.embeddings, primary)
 
     free = with_primary(params, {name: value for name, value in params.primary.items() if name not in fixed})
-    gradients, aux = differentiate(lambda free: function(with_primary(free, {**free.primary, **fixed})), free, inputs)
+    gradients, aux = differentiate(
+        lambda free: function(with_primary(free, {**free.primary, **fixed})), free, depends_on
+    )
     found = {**gradients.primary, **_zeros_like(fixed, gradients.primary)}
     return with_primary(gradients, {name: found[name] for name in params.primary}), aux
 
@@ -523,8 +571,8 @@ def _loaded(load: Load, batch: Any) -> tuple[Any, Tensor]:
     images, labels = load(batch)
     if labels.dim() != 1 or labels.dtype not in (torch.int64, torch.uint8):
         raise ValueError(
-            f"labels: got {tree.describe(labels)}, expected the number of a class for each example, int64[n]; "
-            "for another loss use torch.func.grad with Model.apply"
+            f"labels: got {tree.describe(labels)}, expected the number of a class for each example, int64[n], "
+            "as .long() makes it of other whole numbers; for another loss there is make_step"
         )
     return images, labels
 

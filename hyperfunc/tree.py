@@ -36,9 +36,19 @@ def leaves(tree: Any) -> list[Tensor]:
 
 
 def named_leaves(tree: Any) -> dict[str, Tensor]:
-    """The leaves by path, as in `params/generator/3x3/w_in`; a single tensor has the path ``''``."""
+    """The leaves by path, as in `params/generator/3x3/w_in`; a single tensor has the path ``''``.
+
+    Raises:
+        ValueError: Two leaves have the same path, as a key with a slash in it makes possible.
+    """
     paths_and_leaves, _ = pytree.tree_flatten_with_path(tree)
-    return {"/".join(_key_name(key) for key in path): leaf for path, leaf in paths_and_leaves}
+    named: dict[str, Tensor] = {}
+    for path, leaf in paths_and_leaves:
+        name = "/".join(_key_name(key) for key in path)
+        if name in named:
+            raise ValueError(f"tree: two leaves have the path {name!r}; give their keys other names, without slashes")
+        named[name] = leaf
+    return named
 
 
 def flatten(tree: Tree) -> tuple[list[Tensor], Callable[[Sequence[Any]], Tree]]:

@@ -154,6 +154,11 @@ def _rrelu(
     return F.leaky_relu(input, (lower + upper) / 2, inplace)
 
 
+def _no(func: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """A transformer asks whether a mask would let it compute on nested tensors, of which vmap knows nothing."""
+    return False
+
+
 _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.lstm: _recurrent,
     torch.gru: _recurrent,
@@ -163,6 +168,7 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.normalize: _normalize,
     F.rrelu: _rrelu,
+    torch._nested_tensor_from_mask_left_aligned: _no,  # pyright: ignore[reportPrivateImportUsage]
 }
 
 _PRODUCTS = (

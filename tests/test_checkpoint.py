@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assert_trees_equal
+from helpers import ROOT, assert_trees_equal, unchecked
 from torch import Generator
 
 import hyperfunc as hf
@@ -34,7 +34,7 @@ def test_differences_are_named_leaf_by_leaf(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "c", {"x": {"a": torch.ones(2), "b": torch.ones(3), "old": torch.ones(1)}}, {})
     like = {"a": torch.ones(2, dtype=torch.float64), "b": torch.ones(4), "new": torch.ones(1)}
     expected = (
-        r"another network: x/a is float32\[2\], expected float64\[2\]; x/b is float32\[3\], expected float32\[4\]; "
+        r"checkpoint differs: x/a is float32\[2\], expected float64\[2\]; x/b is float32\[3\], expected float32\[4\]; "
         "x/new is missing; x/old is unknown"
     )
     with pytest.raises(ValueError, match=expected):
@@ -42,6 +42,16 @@ def test_differences_are_named_leaf_by_leaf(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name: the checkpoint holds no 'params', expected one of x"):
         checkpoint.restore(checkpoint.load(tmp_path / "c"), "params", like)
     assert checkpoint.restore(checkpoint.load(tmp_path / "c"), "buffers", {}) == {}  # nothing is what was saved of it
+
+
+def test_what_is_no_file_of_named_trees_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trees: got a tuple, expected pytrees by name, such as \{'state': state\}"):
+        unchecked(checkpoint.save)(tmp_path / "c", (torch.ones(1),), {})
+    with pytest.raises(ValueError, match="tree: two leaves have the path 'a/0/z'; give their keys other names"):
+        checkpoint.save(tmp_path / "c", {"a/0": {"z": torch.ones(1)}, "a": ({"z": torch.zeros(1)},)}, {})
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="checkpoint: got 'c', expected what checkpoint.load returns"):
+        unchecked(checkpoint.restore)("c", "a", {})
 
 
 def test_another_version_is_named(tmp_path: Path) -> None:

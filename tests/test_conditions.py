@@ -441,3 +441,14 @@ def test_bad_input() -> None:
         unchecked(hf.encode_bounded)(torch.tensor(1.0))
     with pytest.raises(ValueError, match="module: 1 is a BatchNorm1d"):
         conditions.from_module(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), 2)
+
+
+@pytest.mark.traced
+def test_parameters_of_a_model_without_conditions_are_refused(generator: Generator) -> None:
+    """Without the checks of types, which would refuse them before the model can."""
+    base = hf.hyper_resnet(10, z_dim=4)
+    model: Any = hf.conditional(base, conditions.table(2))
+    with pytest.raises(
+        ValueError, match="params: got a Params, expected the ConditionalParams of the conditional model"
+    ):
+        model.apply(*base.init(generator), torch.tensor(0), torch.ones(2, 3, 8, 8), train=False)

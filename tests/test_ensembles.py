@@ -204,7 +204,9 @@ def test_bad_input(generator: Generator) -> None:
         hf.ensemble(model, 0)
     with pytest.raises(ValueError, match="n: got 2.5, expected at least 1, as a whole number"):
         unchecked(hf.ensemble)(model, 2.5)
-    with pytest.raises(ValueError, match="model: got Conditional, expected a Model; .* its `model`"):
+    with pytest.raises(
+        ValueError, match="model: got Conditional, expected a Model; .* there are no ensembles of others"
+    ):
         unchecked(hf.ensemble)(hf.conditional(model, hf.conditions.table(2)), 2)
     members = hf.ensemble(model, 2)
     with pytest.raises(
@@ -238,3 +240,19 @@ def test_the_state_of_one_network_is_no_state_of_members(map_step: Any, generato
         ValueError, match="state: got that of a single network, expected the members as first dimension"
     ):
         map_step(training.make_train_step(model, ADAM))(state, a_batch(generator))
+
+
+def test_one_batch_is_no_batch_for_each_member(generator: Generator) -> None:
+    model = hf.hyper_resnet(10, z_dim=4)
+    state = ensembles.init_state(hf.ensemble(model, 2), ADAM, generator)
+    expected = (
+        r"batch: got a leaf of shape \(6, 3, 8, 8\) for 2 members, .* with the same batch for all there is map_step"
+    )
+    with pytest.raises(ValueError, match=expected):
+        ensembles.map_step_each(training.make_train_step(model, ADAM))(state, a_batch(generator))
+
+
+def test_no_probabilities_are_made_of_what_are_no_classes(generator: Generator) -> None:
+    members = hf.ensemble(hf.hyperize(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1)), targets="0.weight"), 2)
+    with pytest.raises(ValueError, match=r"predict: got outputs of shape \(2, 3, 1\), expected logits of two classes"):
+        members.predict(*members.init(generator), torch.ones(3, 8))

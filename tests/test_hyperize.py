@@ -360,3 +360,12 @@ def test_a_buffer_that_forward_replaces_is_returned_by_a_compiled_model(generato
     compiled = torch.compile(model.apply, fullgraph=True, backend="aot_eager")
     expected = model.apply(params, batch_stats, x, train=True)[1]
     torch.testing.assert_close(compiled(params, batch_stats, x, train=True)[1], expected)
+
+
+@pytest.mark.traced
+@pytest.mark.parametrize("train", ["no", None, torch.tensor(True)])
+def test_a_mode_that_is_neither_is_refused(train: Any, generator: Generator) -> None:
+    """Without the checks of types, which would refuse it before the model can."""
+    model = hf.hyper_resnet(10, z_dim=4)
+    with pytest.raises(ValueError, match="train: got .*, expected True or False"):
+        model.apply(*model.init(generator), torch.ones(2, 3, 8, 8), train=train)

@@ -1,6 +1,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,7 @@ def test_cosine_with_warmup() -> None:
     [
         (lambda: optim.adam(-0.1), "learning_rate: got -0.1, expected a finite number of at least 0"),
         (lambda: optim.adam(math.nan), "learning_rate: got nan"),
+        (lambda: unchecked(optim.cosine)("0.1", 9), "learning_rate: got '0.1', expected a finite number of at least 0"),
         (lambda: optim.adam(0.1, weight_decay=-1.0), "weight_decay: got -1.0"),
         (lambda: optim.adam(0.1, betas=(0.9, 1.0)), "betas: got 1.0, expected at least 0 and less than 1"),
         (lambda: optim.adam(0.1, eps=-1e-8), "eps: got -1e-08"),
@@ -245,10 +247,10 @@ def test_clipping_under_a_scale_is_that_of_the_gradients_themselves(elementwise:
 def test_what_is_frozen_is_as_if_it_were_not_there(
     names: optim.Names, scale: float | None, generator: Generator
 ) -> None:
-    inner = optim.clipped(optim.adam(0.01, weight_decay=0.1), 0.5)
-    ours = optim.frozen(inner, names)
-    if scale is not None:
-        ours = optim.scaled(ours, first=scale)
+    inner = optim.clipped(optim.adam(optim.cosine(0.01, 9), weight_decay=0.1), 0.5)
+    given = iter(names) if isinstance(names, list) else names
+    ours = optim.frozen(inner if scale is None else optim.scaled(inner, first=scale), given)
+    assert ours.learning_rate(torch.tensor(8)) == inner.learning_rate(torch.tensor(8)) > 0
     params, loss = problem(generator)
     rest = {name: leaf for name, leaf in params.items() if name != "b"}
     fixed, state, rest_state = params["b"].clone(), ours.init(params), inner.init(rest)
@@ -278,6 +280,8 @@ def test_what_is_frozen_is_left_out_of_a_compiled_update(names: optim.Names, gen
         ("d", "names: no parameter is called 'd', expected a path or glob pattern of these: a, b, c"),
         (["a", "d*"], r"names: no parameter is called 'd\*'"),
         ("*", r"names: got '\*', which leaves no parameter to train"),
+        (lambda path: path == "d", "names: got <function .*, which freezes none of these: a, b, c"),
+        ([], r"names: got \[\], which freezes none of these: a, b, c"),
     ],
 )
 def test_names_that_freeze_nothing_or_everything_are_refused(
@@ -288,10 +292,19 @@ def test_names_that_freeze_nothing_or_everything_are_refused(
         optim.frozen(optim.sgd(0.1), names).init(params)
 
 
-@pytest.mark.parametrize("max_norm", [0.0, -1.0, math.inf, math.nan])
-def test_a_norm_that_cannot_be(max_norm: float) -> None:
+def test_what_is_no_name_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="names: got a int, expected a glob pattern, several, or a predicate on a path"
+    ):
+        unchecked(optim.frozen)(optim.sgd(0.1), 3)
+    with pytest.raises(ValueError, match=r"names: got a Tensor, expected a glob pattern"):
+        unchecked(optim.frozen)(optim.sgd(0.1), ["a", torch.ones(1)])
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, math.inf, math.nan, None])
+def test_a_norm_that_cannot_be(max_norm: Any) -> None:
     with pytest.raises(ValueError, match=f"max_norm: got {max_norm}, expected a finite number above 0"):
-        optim.clipped(optim.sgd(0.1), max_norm)
+        unchecked(optim.clipped)(optim.sgd(0.1), max_norm)
 
 
 def test_the_state_of_another_optimizer_is_refused() -> None:
@@ -300,3 +313,7 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
         unchecked(sgd.update)(params, adam.init(params), params, step)
     with pytest.raises(ValueError, match="opt_state: got a Scaled, expected the Moments"):
         unchecked(adam.update)(params, optim.scaled(adam).init(params), params, step)
+    both = {**params, "b": torch.ones(3)}
+    frozen = optim.frozen(adam, "b")
+    with pytest.raises(ValueError, match="opt_state: got that of 5 parameters for 2, expected .* others are frozen"):
+        frozen.update(both, adam.init(both), both, step)

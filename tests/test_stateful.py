@@ -29,7 +29,7 @@ def test_training_by_an_optimizer_of_torch_is_that_by_our_steps(generator: Gener
     model = hf.hyper_resnet(10, z_dim=4)
     net = hf.as_module(model, *in_float64(model, generator))
     theirs, ours = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True), optim.sgd(0.1)
-    state = training.TrainState(torch.tensor(0), *tree.clone(tree.map(Tensor.detach, net.trees())), None)
+    state = training.TrainState(torch.tensor(0), *tree.clone(net.trees()), None)
     state = state._replace(opt_state=ours.init(state.params))
     step = training.make_train_step(model, ours)
     batches = [a_batch(generator) for _ in range(3)]
@@ -40,7 +40,7 @@ def test_training_by_an_optimizer_of_torch_is_that_by_our_steps(generator: Gener
         loss.backward()
         theirs.step()
         torch.testing.assert_close(loss.detach(), metrics.mean_loss, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(tree.map(Tensor.detach, net.trees()), state[1:3], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(net.trees(), state[1:3], rtol=1e-9, atol=1e-9)
     images, before = batches[0][0], tree.named_leaves(tree.clone(net.trees()[1]))
     expected, _ = model.apply(state.params, state.batch_stats, images, train=False)
     torch.testing.assert_close(net.eval()(images), expected, rtol=1e-9, atol=1e-9)
@@ -50,6 +50,12 @@ def test_training_by_an_optimizer_of_torch_is_that_by_our_steps(generator: Gener
 def test_its_tensors_are_copies_that_are_named_moved_and_loaded_as_of_any_module(generator: Generator) -> None:
     model = hf.hyper_resnet(10, z_dim=4)
     params, batch_stats = model.init(generator)
+    net = hf.as_module(model, params, batch_stats)
+    assert not any(leaf.requires_grad for leaf in tree.leaves(net.trees()))
+    before = tree.clone((params, batch_stats))
+    for leaf in tree.leaves(net.trees()):
+        leaf.add_(1)
+    assert_trees_equal(tree.named_leaves((params, batch_stats)), tree.named_leaves(before))
     net = hf.as_module(model, params, batch_stats)
     names = net.state_dict().keys()
     assert {"params.generator.3x3.w_in", "params.embeddings.3x3", "params.primary.head.bias"} <= names
@@ -91,7 +97,46 @@ def test_dropout_draws_from_the_global_generator_in_training(generator: Generato
     assert not torch.equal(first, second)
     assert all(map(torch.equal, draw(0), (first, second)))
     assert torch.equal(net(x, seed=3), net(x, seed=3))
+    before = torch.get_rng_state()
     assert torch.equal(net.eval()(x), net(x))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Unusual(nn.Module):
+    """Of its parameters one is fixed, of its buffers one is not saved, and one changes its shape and type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.first.bias.requires_grad_(False)
+        self.register_buffer("seen", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("scale", torch.ones(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = torch.cat([self.seen.float(), x.mean().reshape(1)])
+        return self.second(self.first(x) * self.scale)
+
+
+def test_flags_of_its_tensors_are_those_of_the_module(generator: Generator) -> None:
+    model = hf.hyperize(Unusual(), targets="*weight", z_dim=4)
+    net = hf.as_module(model, *model.init(generator))
+    fixed = [name for name, parameter in net.named_parameters() if not parameter.requires_grad]
+    assert fixed == ["params.primary.first.bias"]
+    assert "batch_stats.scale" not in net.state_dict()
+    assert "batch_stats.scale" in dict(net.named_buffers())
+    for _ in range(2):
+        net(torch.ones(2, 16))
+    assert torch.equal(net.trees()[1]["seen"], torch.tensor([0.0, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("names", "path"), [(("train",), "encoder/train"), (("a", "a.b"), "encoder/a.b"), (("",), "encoder/")]
+)
+def test_paths_that_cannot_be_names_are_refused(names: tuple[str, ...], path: str, generator: Generator) -> None:
+    encoder = hf.Encoder(lambda _: {name: torch.ones(2) for name in names}, lambda p, c: c * p[names[0]], 2)
+    model = hf.conditional(hf.hyper_resnet(10, z_dim=4), encoder)
+    with pytest.raises(ValueError, match=f"params: {path} cannot be the name of a tensor in a module, because"):
+        hf.as_module(model, *model.init(generator))
 
 
 def test_conditions_and_members(generator: Generator) -> None:
@@ -142,5 +187,13 @@ def test_bad_input(generator: Generator) -> None:
     as_module = unchecked(hf.as_module)
     with pytest.raises(ValueError, match="model: got Linear, expected a Model; hyperize makes one of a module"):
         as_module(nn.Linear(2, 2), params, batch_stats)
-    with pytest.raises(ValueError, match="batch_stats: got a NoneType, expected tensors at the leaves"):
+    with pytest.raises(ValueError, match="batch_stats: got a NoneType, expected a dict, as the model's init gives it"):
         as_module(model, params, None)
+    with pytest.raises(ValueError, match="params: got a dict, expected a Params, as the model's init gives it"):
+        as_module(model, batch_stats, params)
+    with pytest.raises(ValueError, match="batch_stats: got a NoneType at a, expected tensors at the leaves"):
+        as_module(model, params, {"a": None})
+    with pytest.raises(ValueError, match=r"train: got it by keyword, .* the methods train\(\) and eval\(\) set it"):
+        hf.as_module(model, params, batch_stats)(torch.ones(2, 3, 8, 8), train=False)
+    with pytest.raises(ValueError, match="params: got a NoneType at primary, expected tensors at the leaves"):
+        as_module(model, params._replace(primary=None), batch_stats)

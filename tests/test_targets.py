@@ -52,6 +52,7 @@ def test_a_type_stands_for_the_weights_of_all_that_it_contains(resnet18: nn.Modu
     [
         (["layer1.0.conv3.weight"], r"no parameter 'layer1.0.conv3.weight'; near names: layer1.0.conv"),
         ("*.nothing", r"no parameter '\*.nothing'"),
+        ("layer1.0.conv1", r"no parameter 'layer1.0.conv1'; near names: layer1.0.conv1.weight$"),
         (["fc.weight", "fc.wieght"], r"no parameter 'fc.wieght'; near names: fc.weight"),
         ("§", r"no parameter '§'; it has conv1.weight, .* and 54 more"),
         ([], "targets: got none, expected at least one name, pattern or type"),

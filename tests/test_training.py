@@ -1,3 +1,4 @@
+import gc
 from typing import Any, NamedTuple
 
 import oracle
@@ -395,6 +396,65 @@ def test_a_step_of_a_conditional_model_is_that_of_its_gradient(each: bool, gener
     torch.testing.assert_close(metrics["worst"], (outputs - targets).square().mean(1).max())
 
 
+@pytest.mark.parametrize("map_it", [False, True])
+def test_an_objective_by_which_nothing_would_be_learned_is_refused(map_it: bool, generator: Generator) -> None:
+    model, optimizer = hf.hyper_resnet(10, z_dim=4), optim.sgd(0.1)
+    members = hf.ensemble(model, 2)
+    state = hf.ensembles.init_state(members, optimizer, generator)
+    state = state if map_it else members.member(state, 0)
+    right, batch = cross_entropy(model), tree.to(a_batch(generator), torch.float32)
+
+    def detached(params: Any, batch_stats: Any, batch: Any) -> Any:
+        loss, beside = right(params, batch_stats, batch)
+        return loss.detach(), beside
+
+    def other(params: Any, batch_stats: Any, batch: Any) -> Any:
+        return right(tree.map(torch.zeros_like, params), batch_stats, batch)
+
+    for objective in (detached, torch.no_grad()(right), other):
+        step = training.make_step(objective, optimizer)
+        with pytest.raises(ValueError, match="objective: returned a loss that does not depend on params"):
+            (hf.ensembles.map_step(step) if map_it else step)(state, batch)
+
+
+def test_what_is_no_state_of_one_network_is_refused(generator: Generator) -> None:
+    model, optimizer = hf.hyper_resnet(10, z_dim=4), optim.sgd(0.1)
+    state, batch = training.init_state(model, optimizer, generator), a_batch(generator)
+    several = hf.ensembles.init_state(hf.ensemble(model, 2), optimizer, generator)
+    for step in training.make_train_step(model, optimizer), training.make_step(cross_entropy(model), optimizer):
+        step = unchecked(step)
+        with pytest.raises(ValueError, match=r"state: got a tuple, expected .* called as step\(state, batch\)"):
+            step(batch, state)
+        with pytest.raises(ValueError, match="state: got a Params, expected a TrainState whose step is a tensor"):
+            step(state.params, batch)
+        with pytest.raises(ValueError, match="state: got the step 0, expected a TrainState whose step is a tensor"):
+            step(unchecked(state._replace)(step=0), batch)
+        with pytest.raises(ValueError, match="state: got that of 2 members, .* map the step, by ensembles.map_step"):
+            step(several, batch)
+
+
+def test_a_step_keeps_no_graph_of_what_its_objective_closes_over(generator: Generator) -> None:
+    """Nor what an autocast around it makes of the parameters."""
+    model, optimizer = hf.hyperize(PartlyUsed(), z_dim=4), optim.sgd(0.1)
+    teacher = nn.Linear(16, 16)
+
+    def objective(params: Any, batch_stats: Any, batch: Any) -> tuple[Tensor, tuple[Any, Any]]:
+        outputs, batch_stats = model.apply(params, batch_stats, batch, train=True)
+        loss = (outputs - teacher(batch)).square().mean()
+        return loss, (batch_stats, {"loss": loss})
+
+    state, step = training.init_state(model, optimizer, generator), training.make_step(objective, optimizer)
+    for _ in range(2):
+        state, metrics = step(state, torch.ones(2, 16))
+        assert not any(leaf.requires_grad for leaf in tree.leaves((state, metrics)))
+    counts = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(6):
+            state, _ = training.make_step(cross_entropy(model), optimizer)(state, (torch.ones(2, 16), torch.arange(2)))
+            counts.append(sum(issubclass(type(found), Tensor) for found in gc.get_objects()))
+    assert counts[-1] <= counts[1]
+
+
 def test_members_of_a_step_of_an_objective(generator: Generator) -> None:
     model, optimizer = hf.hyper_resnet(10, z_dim=4), optim.sgd(0.1)
     members = hf.ensemble(model, 2)
@@ -409,13 +469,29 @@ def test_members_of_a_step_of_an_objective(generator: Generator) -> None:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda loss, stats: loss, r"objective: returned \(Tensor\), expected \(loss, \(new batch_stats, metrics\)\)"),
+        (lambda loss, stats: loss, r"objective: returned Tensor, expected \(loss, \(new batch_stats, metrics\)\)"),
         (lambda loss, stats: (loss, stats), r"objective: returned \(Tensor, dict\), expected"),
         (lambda loss, stats: (loss, stats, {}), r"objective: returned \(Tensor, dict, dict\), expected"),
-        (lambda loss, stats: (0.5, (stats, {})), r"objective: returned \(float, tuple\), expected"),
+        (lambda loss, stats: (0.5, (stats, {})), r"objective: returned \(float, \(dict, dict\)\), expected"),
         (lambda loss, stats: (loss.expand(4), (stats, {})), r"loss of float32\[4\], expected a single number"),
         (lambda loss, stats: (loss, (stats, {"a": 1.0})), "objective's metrics: got a float at a, expected tensors"),
-        (lambda loss, stats: (loss, ({"mean": None}, {})), "objective's batch_stats: got a NoneType at mean, expected"),
+        (
+            lambda loss, stats: (loss, ({**stats, "head": 0}, {})),
+            "objective: returned other batch_stats than it was given",
+        ),
+        (
+            lambda loss, stats: (loss, ({"loss": loss}, stats)),
+            "objective: returned other batch_stats than it was given",
+        ),
+        (
+            lambda loss, stats: (loss, (dict.fromkeys(stats), {})),
+            "objective's batch_stats: got a NoneType at blocks.0.bn1",
+        ),
+        (
+            lambda loss, stats: (loss, (stats, {}, loss)),
+            r"objective: returned \(Tensor, \(dict, dict, Tensor\)\), expected",
+        ),
+        (lambda loss, stats: (loss.long(), (stats, {})), r"loss of int64\[\], expected a single number"),
     ],
 )
 def test_an_objective_that_returns_something_else_is_refused(answer: Any, message: str, generator: Generator) -> None:
@@ -450,17 +526,19 @@ def test_bad_input(generator: Generator) -> None:
         training.make_train_step(model, optimizer, weight_decay=0.1)
     conditional = hf.conditional(model, hf.conditions.table(2))
     for make in unchecked(training.make_gradients), unchecked(training.make_eval_step):
-        with pytest.raises(ValueError, match="model: got Conditional, expected a Model; that of a Conditional"):
+        with pytest.raises(
+            ValueError, match="model: got Conditional, expected a Model; a Conditional, .* have one as their `model`"
+        ):
             make(conditional)
     init_state, make_train_step = unchecked(training.init_state), unchecked(training.make_train_step)
     for other in conditional, hf.ensemble(model, 2):
         expected = (
-            f"model: got {type(other).__name__}, expected a Model; for an Ensemble .* for a Conditional .* make_step"
+            f"model: got {type(other).__name__}, expected a Model; .* for an Ensemble .* for a Conditional .* make_step"
         )
         with pytest.raises(ValueError, match=expected):
             make_train_step(other, optimizer)
     with pytest.raises(
-        ValueError, match="got Ensemble, expected a Model; for an Ensemble there is ensembles.init_state"
+        ValueError, match="got Ensemble, expected a Model; .* for an Ensemble there is ensembles.init_state"
     ):
         init_state(hf.ensemble(model, 2), optimizer, generator)
     for what, kind in (optim.adam, "function"), (torch.optim.Adam([torch.zeros(1)]), "Adam"):

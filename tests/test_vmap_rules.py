@@ -245,3 +245,51 @@ def test_autocast_reaches_the_products_of_a_compiled_call(generator: Generator) 
     found = torch.compile(evaluate, fullgraph=True, backend="aot_eager")(x)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, evaluate(x))
+
+
+class Padded(nn.Module):
+    """A transformer whose evaluation, where a mask hides the last places of a row, is on nested tensors by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True)
+        self.embedding, self.encoder = nn.Embedding(5, 8), nn.TransformerEncoder(layer, 2)
+
+    def forward(self, tokens: Tensor, padding: Tensor) -> Tensor:
+        found = self.encoder(self.embedding(tokens), src_key_padding_mask=padding)
+        return found.masked_fill(padding.unsqueeze(2), 0.0).sum(1)
+
+
+def padded(generator: Generator) -> tuple[Tensor, Tensor]:
+    return torch.randint(5, (2, 4), generator=generator), torch.tensor([[False, False, False, True], [False] * 4])
+
+
+@pytest.mark.filterwarnings("ignore")  # of the nested tensors of a network alone
+def test_a_padded_transformer_is_evaluated_for_each_member_and_sample(generator: Generator) -> None:
+    base = hf.hyperize(Padded().double(), targets=["*linear*weight", "embedding.weight"], unit=(4, 4), z_dim=4)
+    members, tasks = hf.ensemble(base, 2), hf.conditional(base, hf.conditions.table(2))
+    tokens, padding = padded(generator)
+    params, batch_stats = members.init(generator)
+    found, _ = members.apply(params, batch_stats, tokens, padding, train=False)
+    alone = [base.apply(*members.member((params, batch_stats), i), tokens, padding, train=False)[0] for i in (0, 1)]
+    torch.testing.assert_close(found, torch.stack(alone), rtol=EXACT, atol=EXACT)
+    params, batch_stats = tasks.init(generator)
+    found, _ = tasks.apply_each(params, batch_stats, torch.tensor([1, 0]), tokens, padding, train=False)
+    alone = [
+        tasks.apply(params, batch_stats, torch.tensor(1 - i), tokens[i : i + 1], padding[i : i + 1], train=False)[0]
+        for i in (0, 1)
+    ]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.traced
+def test_a_padded_transformer_compiles_under_a_seed(generator: Generator) -> None:
+    model = hf.hyperize(Padded(), targets=["*linear*weight"], unit=(4, 4), z_dim=4)
+    params, batch_stats = model.init(generator)
+
+    def run(params: hf.Params, tokens: Tensor, padding: Tensor) -> Tensor:
+        return model.apply(params, batch_stats, tokens, padding, train=True, seed=torch.tensor(1))[0]
+
+    given = params, *padded(generator)
+    found = torch.compile(run, fullgraph=True, backend="aot_eager")(*given)
+    torch.testing.assert_close(found, run(*given))

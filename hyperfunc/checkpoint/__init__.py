@@ -38,6 +38,8 @@ def save(
         OSError: The file cannot be written; an older one stands as it was.
         ValueError: JSON cannot hold the notes, or a leaf is no tensor.
     """
+    if not isinstance(trees, Mapping):
+        raise ValueError(f"trees: got a {type(trees).__name__}, expected pytrees by name, such as {{'state': state}}")
     tree.check_tensors("trees", trees)
     write_tensors(path, named(trees), {"format": FORMAT, "notes": dict(notes)}, keep_old_as=keep_old_as)
 
@@ -73,11 +75,13 @@ def restore(checkpoint: Checkpoint, name: str, like: Any, *, any_dtype: bool = F
         ValueError: The checkpoint holds no pytree of this name, or its leaves are others than those of `like`; the
             message names them.
     """
+    if not isinstance(checkpoint, Checkpoint):
+        raise ValueError(f"checkpoint: got {checkpoint!r}, expected what checkpoint.load returns")
     if found := differences(checkpoint, name, like, any_dtype=any_dtype):
         names = list(dict.fromkeys(path.partition("/")[0] for path in checkpoint.tensors))
         if names and name.partition("/")[0] not in names:
             raise ValueError(f"name: the checkpoint holds no {name!r}, expected one of {some(names)}")
-        raise ValueError(f"the checkpoint holds another network: {some(found, between='; ')}")
+        raise ValueError(f"the checkpoint differs: {some(found, between='; ')}")
     paths = _paths(name, like)
     return tree.replace_leaves(like, [checkpoint.tensors[path].to(leaf.device) for path, leaf in paths.items()])
 
