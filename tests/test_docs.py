@@ -1,9 +1,13 @@
-"""The documentation's navigation: every module and every page has its place in it. CI builds the pages themselves."""
+"""The documentation's navigation: every module and every page has its place in it; and the README's examples.
 
+CI builds the pages themselves."""
+
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pytest
 import yaml
 from helpers import ROOT
 
@@ -41,3 +45,15 @@ def test_every_recipe_is_listed_and_has_a_page() -> None:
     for script in recipes.glob("*.py"):
         assert script.with_suffix(".md").exists(), f"{script.name} has no page"
         assert f"]({script.stem}.md)" in listed, f"{script.name} is not listed in {Path('recipes/README.md')}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_examples_run_one_after_the_other(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    # Compilation takes a minute, and is tried by other tests.
+    text = (ROOT / name).read_text().replace("capture.compile_step(step, batch)", "step")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) > 5
+    names: dict[str, Any] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{name}, block {number}", "exec"), names)
