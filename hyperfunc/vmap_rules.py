@@ -55,10 +55,12 @@ class AutocastUnderVmap(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return attention_forward(*args, **kwargs)
-        if func in _PRODUCTS and torch.is_autocast_enabled(device := args[0].device.type):
-            dtype = torch.get_autocast_dtype(device)
-            args = tuple(_cast(value, dtype) for value in args)
-            kwargs = {name: _cast(value, dtype) for name, value in kwargs.items()}
+        if func in _PRODUCTS:
+            device = next(value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+                args = tuple(_cast(value, dtype) for value in args)
+                kwargs = {name: _cast(value, dtype) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
 

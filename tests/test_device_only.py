@@ -64,6 +64,26 @@ def test_training_steps(kind: str) -> None:
     assert metrics.loss.shape == (3,)
 
 
+@pytest.mark.parametrize("each", [False, True])
+def test_a_step_of_an_objective(each: bool) -> None:
+    """A condition, dropout, and all that goes around an optimizer."""
+    model = hf.conditional(dropping_out(), hf.conditions.bounded([0, 0], [1, 1]))
+    optimizer = optim.frozen(optim.scaled(optim.clipped(ADAM, 1.0)), "model/primary/*")
+    apply = model.apply_each if each else model.apply
+
+    def objective(params: Any, batch_stats: Any, batch: Any, seed: Any) -> Any:
+        outputs, batch_stats = apply(params, batch_stats, *batch, train=True, seed=seed)
+        loss = outputs.square().mean()
+        return loss, (batch_stats, {"loss": loss})
+
+    state = training.init_state(model, optimizer, data.seeded_generator("device only"))
+    conditions = torch.rand(8, 2) if each else torch.rand(2)
+    batch = tree.to((conditions, torch.zeros(8, 3, 32, 32)), META)
+    step = training.make_step(objective, optimizer, seed=1)
+    found = step(tree.to(state, META), batch)
+    assert_on_meta(found)
+
+
 def test_gradients() -> None:
     model = hf.hyper_resnet(10)
     gradients = training.make_gradients(model, load=data.make_train_load(*given()))

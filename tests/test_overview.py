@@ -81,5 +81,7 @@ def test_parameters_of_another_model_are_named(generator: Generator) -> None:
 
 def test_a_conditional_is_no_model() -> None:
     model = hf.conditional(hf.hyper_resnet(10), hf.conditions.table(2))
-    with pytest.raises(ValueError, match="model: got Conditional, expected a Model; a Conditional, .* as their `model`"):
+    with pytest.raises(
+        ValueError, match="model: got Conditional, expected a Model; a Conditional, .* as their `model`"
+    ):
         unchecked(hf.summary)(model)

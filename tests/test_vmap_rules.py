@@ -179,6 +179,11 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class ByKeyword(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(weight=self.weight, input=input, bias=self.bias)
+
+
 class Attention(nn.MultiheadAttention):
     def forward(self, x: Tensor) -> Any:  # type: ignore[override]
         return super().forward(x, x, x, need_weights=False)[0]
@@ -192,6 +197,7 @@ PRODUCTS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "conv_transpose2d": (lambda: nn.ConvTranspose2d(8, 8, 3), (8, 8, 8)),
     "conv_transpose3d": (lambda: nn.ConvTranspose3d(8, 8, 3), (8, 4, 4, 4)),
     "linear": (lambda: nn.Linear(8, 8), (8,)),
+    "linear by keyword": (lambda: ByKeyword(8, 8), (8,)),
     "attention": (lambda: Attention(8, 2, batch_first=True), (5, 8)),
     "attention with dropout": (lambda: Attention(8, 2, dropout=0.5, batch_first=True), (5, 8)),
 }
