@@ -300,7 +300,9 @@ def test_no_server_can_hold_up_or_end_a_run(tmp_path: Path, flags: list[str]) ->
     for kind, ((out, err), process) in outcomes.items():
         assert process.returncode == 0, (kind, err)
         assert "saved run.pth with a new best" in out, kind
-        lines = [line for line in err.splitlines() if "reading " not in line]
+        # So many at once may be late with their pictures.
+        others = "reading ", "the picture of the curves is not ready"
+        lines = [line for line in err.splitlines() if not line.startswith(others)]
         assert len(lines) == 1, kind + "\n" + err
         assert lines[0].startswith("wandb: "), kind
         assert f"to send it later: wandb sync {(tmp_path / kind).resolve()}/wandb/" in lines[0], kind
