@@ -1,7 +1,6 @@
 """Hypernetworks for PyTorch as pure functions in the style of JAX."""
 
 from hyperfunc import (
-    attention,
     build,
     capture,
     checkpoint,
@@ -78,7 +77,6 @@ __all__ = [
     "TrainState",
     "__version__",
     "as_module",
-    "attention",
     "build",
     "capture",
     "checkpoint",

@@ -27,7 +27,7 @@ from hyperfunc.hypernet import HyperNetParams, init_embeddings, root_mean_square
 from hyperfunc.model import BatchStats, Model, Params, check_model
 from hyperfunc.primary import check_module, check_values
 from hyperfunc.randomness import Seed, as_traced, fold_in
-from hyperfunc.vmap_rules import AutocastUnderVmap, batch_norm
+from hyperfunc.vmap_rules import autocast_under_vmap, batch_norm
 
 
 class Encoder(NamedTuple):
@@ -211,7 +211,7 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
             own_seed = None if seed is None else fold_in(as_traced(seed, index.device), index)
             return model.apply(mix(params, code), batch_stats, *sample, train=train, seed=own_seed, **kwargs)
 
-        with AutocastUnderVmap(), _BatchNormOverSamples(len(conditions)):
+        with autocast_under_vmap(conditions.device), _BatchNormOverSamples(len(conditions)):
             index = torch.arange(len(conditions), device=conditions.device)
             outputs, new_stats = torch.vmap(one, randomness="different")(codes(params, conditions), index, singles)
         # The statistics are those of the whole batch, and so the same from every sample.

@@ -18,7 +18,7 @@ from hyperfunc.arguments import positive
 from hyperfunc.model import BatchStats, Forward, Model, Params, check_model
 from hyperfunc.optim import Optimizer, check_optimizer
 from hyperfunc.training import M, Step, TrainState
-from hyperfunc.vmap_rules import AutocastUnderVmap
+from hyperfunc.vmap_rules import autocast_under_vmap
 
 
 class Ensemble(NamedTuple):
@@ -90,7 +90,7 @@ def ensemble(model: Model, n: int) -> Ensemble:
         def one(params: Params, batch_stats: BatchStats) -> Any:
             return model.apply(params, batch_stats, *args, train=train, **kwargs)
 
-        with AutocastUnderVmap():
+        with autocast_under_vmap(tree.leaves(params)[0].device):
             return torch.vmap(one, randomness="different")(params, batch_stats)
 
     def apply_each(params: Params, batch_stats: BatchStats, /, *args: Any, train: bool, **kwargs: Any) -> Any:
@@ -101,7 +101,7 @@ def ensemble(model: Model, n: int) -> Ensemble:
         def one(params: Params, batch_stats: BatchStats, args: tuple[Any, ...]) -> Any:
             return model.apply(params, batch_stats, *args, train=train, **kwargs)
 
-        with AutocastUnderVmap():
+        with autocast_under_vmap(tree.leaves(params)[0].device):
             return torch.vmap(one, randomness="different")(params, batch_stats, args)
 
     def predict(params: Params, batch_stats: BatchStats, *args: Any, **kwargs: Any) -> Float[Tensor, "n classes"]:
@@ -155,10 +155,10 @@ def map_step_each(step: Step[M]) -> Step[M]:
 
 def _of_members(mapped: Step[M], *, each: bool = False) -> Step[M]:
     def step(state: TrainState, batch: Any) -> tuple[TrainState, M]:
-        if not state.step.dim():
+        if not isinstance(state, TrainState) or not state.step.dim():
             raise ValueError(
-                "state: got that of a single network, expected the members as first dimension, as ensembles.init_state "
-                "makes it"
+                "state: got none of members, expected a TrainState with the members as first dimension, as "
+                "ensembles.init_state makes it"
             )
         for leaf in tree.leaves(batch) if each else ():
             if leaf.shape[:1] != state.step.shape:

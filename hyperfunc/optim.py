@@ -271,13 +271,12 @@ def frozen(optimizer: Optimizer, names: Names) -> Optimizer:
             pattern matches no parameter, where none is frozen, and where none is left to train.
     """
     check_optimizer(optimizer)
-    patterns: tuple[Any, ...] = ()
-    if not callable(names):
-        patterns = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Iterable) else (names,)
-        for pattern in patterns:
-            if not isinstance(pattern, str):
-                kind = type(pattern).__name__
-                raise ValueError(f"names: got a {kind}, expected a glob pattern, several, or a predicate on a path")
+    given: Any = () if callable(names) else names
+    patterns = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            kind = type(pattern).__name__
+            raise ValueError(f"names: got a {kind}, expected a glob pattern, several, or a predicate on a path")
 
     # Of strings alone, so that torch.compile, which cannot trace the matching of patterns, need not.
     @torch.compiler.assume_constant_result
@@ -430,15 +429,15 @@ def _check_step(step: Any) -> None:
 
 
 def _check_state(opt_state: Any, kind: type, theta: Tensor) -> None:
-    if isinstance(opt_state, kind) and opt_state[0].shape != theta.shape:
-        raise ValueError(
-            f"opt_state: got that of {len(opt_state[0]):,} parameters for {len(theta):,}, expected what the optimizer's"
-            " `init` gives for these; where others are frozen than before, it begins anew"
-        )
     if not isinstance(opt_state, kind):
         raise ValueError(
             f"opt_state: got a {type(opt_state).__name__}, expected the {kind.__name__} that the optimizer's own "
             "`init` gives; a state does not outlive a change of optimizer"
+        )
+    if opt_state[0].shape != theta.shape:
+        raise ValueError(
+            f"opt_state: got that of {len(opt_state[0]):,} parameters for {len(theta):,}, expected what the optimizer's"
+            " `init` gives for these; where others are frozen than before, it begins anew"
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from hyperfunc.attention import attention_forward
+from hyperfunc._attention import attention_forward
 
 Seed = int | Tensor
 """A whole number, as int or as a tensor of one element."""
@@ -43,6 +43,8 @@ def as_traced(seed: Seed, device: torch.device) -> Seed:
     """The same seed; while torch.compile traces, as a tensor on that device. A number is compiled in, and once it
     changes becomes a symbol, of whose hashes the compiler makes expressions that take it minutes."""
     if torch.compiler.is_compiling() and isinstance(seed, int):
+        if not -(2**63) <= seed < 2**63:
+            seed = (seed + 2**63) % 2**64 - 2**63  # the 64 bits that count, as a tensor has them
         return torch.full((), seed, dtype=torch.int64, device=device)
     return seed
 

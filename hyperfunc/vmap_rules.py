@@ -4,6 +4,7 @@ torch's own error names an operator, and neither the layer nor the cure.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 from hyperfunc import tree
-from hyperfunc.attention import attention_forward
+from hyperfunc._attention import attention_forward
 
 
 def counting_norms(module: nn.Module) -> list[str]:
@@ -44,10 +45,14 @@ class VmapRules(TorchFunctionMode):
         return _RULES.get(func, _as_it_is)(func, *args, **(kwargs or {}))
 
 
-class AutocastUnderVmap(TorchFunctionMode):
-    """A context around a `torch.vmap` by which a `torch.autocast` around both reaches all products in it: torch takes
-    convolutions, linear layers and attention apart for vmap before autocast has seen them."""
+def autocast_under_vmap(device: torch.device) -> AbstractContextManager[object]:
+    """A context around a `torch.vmap` by which a `torch.autocast` around both reaches all that is computed in it: torch
+    takes convolutions, linear layers and attention apart for vmap before autocast has seen them. Without an autocast it
+    does nothing."""
+    return _AutocastUnderVmap() if _is_autocast(device) else nullcontext()
 
+
+class _AutocastUnderVmap(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -55,10 +60,12 @@ class AutocastUnderVmap(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return attention_forward(*args, **kwargs)
+        if func is F.batch_norm:  # which is given 16 bits now, and under torch.compile is not one of `VmapRules`
+            return _batch_norm(func, *args, **kwargs)
         if func in _PRODUCTS:
-            device = next(value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-                dtype = torch.get_autocast_dtype(device)
+            device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            if _is_autocast(device):  # and nothing inside has turned it off
+                dtype = torch.get_autocast_dtype(device.type)
                 args = tuple(_cast(value, dtype) for value in args)
                 kwargs = {name: _cast(value, dtype) for name, value in kwargs.items()}
         return func(*args, **kwargs)
@@ -110,6 +117,10 @@ def _is_sound(
         and (has_statistics or (training and running_mean is None and running_var is None))
         and all(given is None or given.numel() == channels for given in (running_mean, running_var, weight, bias))
     )
+
+
+def _is_autocast(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -178,5 +189,6 @@ _PRODUCTS = (
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
     *(F.linear, F.scaled_dot_product_attention),
     *(torch.addmm, torch.addmv, torch.addbmm, torch.baddbmm),
+    *(Tensor.addmm, Tensor.addmv, Tensor.addbmm, Tensor.baddbmm),
 )
-"""What `AutocastUnderVmap` casts the arguments of; other products autocast sees by itself."""
+"""What `_AutocastUnderVmap` casts the arguments of; other products autocast sees by itself."""

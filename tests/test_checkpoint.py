@@ -50,7 +50,7 @@ def test_what_is_no_file_of_named_trees_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tree: two leaves have the path 'a/0/z'; give their keys other names"):
         checkpoint.save(tmp_path / "c", {"a/0": {"z": torch.ones(1)}, "a": ({"z": torch.zeros(1)},)}, {})
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="checkpoint: got 'c', expected what checkpoint.load returns"):
+    with pytest.raises(ValueError, match="checkpoint: got a str, expected what checkpoint.load returns"):
         unchecked(checkpoint.restore)("c", "a", {})
 
 

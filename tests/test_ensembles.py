@@ -237,9 +237,11 @@ def test_the_state_of_one_network_is_no_state_of_members(map_step: Any, generato
     model = hf.hyper_resnet(10, z_dim=4)
     state = training.init_state(model, ADAM, generator)
     with pytest.raises(
-        ValueError, match="state: got that of a single network, expected the members as first dimension"
+        ValueError, match="state: got none of members, expected a TrainState with the members as first dim"
     ):
         map_step(training.make_train_step(model, ADAM))(state, a_batch(generator))
+    with pytest.raises(ValueError, match="state: got none of members"):
+        unchecked(map_step(training.make_train_step(model, ADAM)))(a_batch(generator), state)
 
 
 def test_one_batch_is_no_batch_for_each_member(generator: Generator) -> None:

@@ -132,8 +132,23 @@ def test_compiled_dropout_takes_other_numbers_as_seed(each: bool, backend: str) 
     for seed in (3, 4):
         torch.testing.assert_close(compiled(seed), run(seed))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for seed in (5, 2**40 + 3):
+        for seed in (5, 2**40 + 3, -3):
             torch.testing.assert_close(compiled(seed), run(seed))
+
+
+@pytest.mark.traced
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_seed_may_have_more_than_64_bits() -> None:
+    """Of which 64 count."""
+    model = hf.hyperize(nn.Sequential(nn.Linear(16, 16), nn.Dropout()), targets=nn.Linear)
+    params, batch_stats = model.init(torch.Generator().manual_seed(0))
+
+    def run(seed: int) -> Tensor:
+        return model.apply(params, batch_stats, torch.ones(2, 16), train=True, seed=seed)[0]
+
+    for seed in (2**63 + 5, 2**70 + 1, -(2**65) - 7):
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(seed), run(seed))
 
 
 def test_masks_are_independent_and_of_the_right_rate() -> None:

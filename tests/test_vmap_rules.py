@@ -184,6 +184,11 @@ class ByKeyword(nn.Linear):
         return F.linear(weight=self.weight, input=input, bias=self.bias)
 
 
+class ByMethod(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return self.bias.addmm(input, self.weight.t())
+
+
 class Attention(nn.MultiheadAttention):
     def forward(self, x: Tensor) -> Any:  # type: ignore[override]
         return super().forward(x, x, x, need_weights=False)[0]
@@ -198,6 +203,7 @@ PRODUCTS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "conv_transpose3d": (lambda: nn.ConvTranspose3d(8, 8, 3), (8, 4, 4, 4)),
     "linear": (lambda: nn.Linear(8, 8), (8,)),
     "linear by keyword": (lambda: ByKeyword(8, 8), (8,)),
+    "linear by method": (lambda: ByMethod(8, 8), (8,)),
     "attention": (lambda: Attention(8, 2, batch_first=True), (5, 8)),
     "attention with dropout": (lambda: Attention(8, 2, dropout=0.5, batch_first=True), (5, 8)),
 }
@@ -239,18 +245,26 @@ def test_autocast_leaves_float64_alone_over_members(generator: Generator) -> Non
 
 
 @pytest.mark.traced
-def test_autocast_reaches_the_products_of_a_compiled_call(generator: Generator) -> None:
-    members = hf.ensemble(hf.hyperize(nn.Conv2d(4, 4, 3), targets="weight", unit=(4, 4), z_dim=4), 2)
-    params, batch_stats = members.init(generator)
+@pytest.mark.parametrize("train", [True, False])
+def test_autocast_reaches_the_products_of_a_compiled_call(train: bool, generator: Generator) -> None:
+    layers = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)
+    base = hf.hyperize(nn.Sequential(*layers), targets=nn.Conv2d, unit=(4, 4), z_dim=4)
+    members, tasks = hf.ensemble(base, 2), hf.conditional(base, hf.conditions.table(2))
+    several, one = members.init(generator), tasks.init(generator)
 
-    def evaluate(x: Tensor) -> Tensor:
+    def together(x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return members.apply(params, batch_stats, x, train=False)[0]
+            return members.apply(*several, x, train=train)[0]
+
+    def each(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return tasks.apply_each(*one, torch.tensor([0, 1]), x, train=train)[0]
 
     x = torch.randn(2, 4, 8, 8, generator=generator)
-    found = torch.compile(evaluate, fullgraph=True, backend="aot_eager")(x)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, evaluate(x))
+    for call in together, each:
+        found = torch.compile(call, fullgraph=True, backend="aot_eager")(x)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found, call(x), rtol=0.05, atol=0.05)
 
 
 class Padded(nn.Module):

@@ -76,7 +76,7 @@ def restore(checkpoint: Checkpoint, name: str, like: Any, *, any_dtype: bool = F
             message names them.
     """
     if not isinstance(checkpoint, Checkpoint):
-        raise ValueError(f"checkpoint: got {checkpoint!r}, expected what checkpoint.load returns")
+        raise ValueError(f"checkpoint: got a {type(checkpoint).__name__}, expected what checkpoint.load returns")
     if found := differences(checkpoint, name, like, any_dtype=any_dtype):
         names = list(dict.fromkeys(path.partition("/")[0] for path in checkpoint.tensors))
         if names and name.partition("/")[0] not in names:
