@@ -36,7 +36,8 @@ class Stateful(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.params, self.batch_stats = nn.Module(), nn.Module()
+        self.params = nn.Module()
+        self.batch_stats = nn.Module()
         self._function = apply
         primary = (model if isinstance(model, Model) else model.model).module
         self._draws = bool(drawing_layers(primary))
