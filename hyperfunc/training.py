@@ -563,7 +563,8 @@ def _zeros_like(values: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict
 
 def _loss_dtype(logits: Tensor) -> Tensor:
     """A loss in 16 bits, of a model in them too, could not be added up: a sum of many stops growing."""
-    return logits.float() if logits.dtype in LOW.values() else logits
+    # Not `in LOW.values()`, which torch.compile cannot trace in torch 2.7.
+    return logits.float() if logits.dtype in tuple(LOW.values()) else logits
 
 
 def _loaded(load: Load, batch: Any) -> tuple[Any, Tensor]:
