@@ -183,8 +183,8 @@ def hyperize(
     so do its buffers; generated ones start with the mean and variance that their layer's type calls for at its fan-in
     (see `layers.kernel_of`), whatever the module holds. All of them are in `Params`, also those with
     requires_grad=False; `optim.frozen` keeps some of them fixed. A tied parameter is one tensor, under the first of its
-    names. Generated kernels of convolutions lie in memory as channels_last, so that a
-    forward which looks at one by itself needs `reshape` and not `view`.
+    names. Generated kernels of convolutions lie in memory as channels_last, so that a forward which looks at one by
+    itself needs `reshape` and not `view`.
 
     Args:
         module: The primary network.

@@ -183,8 +183,7 @@ def scaled(optimizer: Optimizer, *, first: float = 2.0**16, grow_after: int = 20
             positive.
     """
     check_optimizer(optimizer)
-    if not _is_finite(first) or first <= 0:
-        raise ValueError(f"first: got {first}, expected a finite number above 0")
+    _check_positive("first", first)
     if grow_after < 1:
         raise ValueError(f"grow_after: got {grow_after}, expected at least 1")
 
@@ -228,8 +227,7 @@ def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
             one where `optimizer` is a scaled one.
     """
     check_optimizer(optimizer)
-    if not _is_finite(max_norm) or max_norm <= 0:
-        raise ValueError(f"max_norm: got {max_norm}, expected a finite number above 0")
+    _check_positive("max_norm", max_norm)
 
     def init(params: Any) -> Any:
         opt_state = optimizer.init(params)
@@ -295,17 +293,16 @@ def frozen(optimizer: Optimizer, names: Names) -> Optimizer:
             raise ValueError(f"names: got {names!r}, which leaves no parameter to train")
         return found
 
-    def trained(params: Any) -> dict[str, Tensor]:
-        named = tree.named_leaves(params)
+    def trained(named: dict[str, Tensor]) -> dict[str, Tensor]:
         return {path: leaf for (path, leaf), stay in zip(named.items(), stays(tuple(named)), strict=True) if not stay}
 
     def init(params: Any) -> Any:
-        return optimizer.init(trained(params))
+        return optimizer.init(trained(tree.named_leaves(params)))
 
     def update(grads: Any, opt_state: Any, params: Any, step: Int[Tensor, ""]) -> tuple[Any, Any]:
-        new, opt_state = optimizer.update(trained(grads), opt_state, trained(params), step)
-        leaves = [new.get(path, leaf) for path, leaf in tree.named_leaves(params).items()]
-        return tree.replace_leaves(params, leaves), opt_state
+        old = tree.named_leaves(params)
+        new, opt_state = optimizer.update(trained(tree.named_leaves(grads)), opt_state, trained(old), step)
+        return tree.replace_leaves(params, [new.get(path, leaf) for path, leaf in old.items()]), opt_state
 
     return Optimizer(init, update, optimizer.learning_rate)
 
@@ -412,6 +409,11 @@ def _as_schedule(learning_rate: float | Schedule) -> Schedule:
 def _check_rate(name: str, value: Any) -> None:
     if not _is_finite(value) or value < 0:
         raise ValueError(f"{name}: got {value!r}, expected a finite number of at least 0")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not _is_finite(value) or value <= 0:
+        raise ValueError(f"{name}: got {value}, expected a finite number above 0")
 
 
 def _is_finite(value: Any) -> bool:

@@ -385,10 +385,6 @@ def calibrate(
     return tree.clone(network[1])
 
 
-_Beside = tuple[Tensor, Tensor, BatchStats]
-"""The loss, the logits and the new statistics."""
-
-
 def _check_state(state: Any) -> None:
     """Raises a ValueError where it is no state of a single network."""
     if not isinstance(state, TrainState) or not isinstance(state.step, Tensor):
@@ -444,6 +440,10 @@ def _kinds(value: Any) -> str:
     if type(value) is tuple:
         return f"({', '.join(_kinds(part) for part in value)})"
     return type(value).__name__
+
+
+_Beside = tuple[Tensor, Tensor, BatchStats]
+"""The loss, the logits and the new statistics."""
 
 
 def _make_gradient(
