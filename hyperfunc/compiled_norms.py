@@ -53,7 +53,7 @@ def batch_norm(
 
     Args:
         input: Of shape (n, c, h, w).
-        running_mean: Is overwritten, as by torch.
+        running_mean: Is overwritten, as by torch. Sums are of its type, the result is of that of the input.
         running_var: Is overwritten too.
         weight: Scale of each channel, or None for 1.
         bias: What is added to each channel, or None for 0.
@@ -61,7 +61,7 @@ def batch_norm(
         momentum: The share of this batch in the running statistics.
         eps: Added to the variance.
     """
-    pixels = input.permute(0, 2, 3, 1)
+    pixels = input.permute(0, 2, 3, 1).to(running_mean.dtype)  # 16 bits hold no sums
     within = (1, 2) if pixels[0].numel() <= CACHED else (2,)  # a part is a picture, or a row of one
     origin = (pixels[:, :1, :1] if within == (1, 2) else pixels[:, :, :1]).detach()
     offsets = pixels - origin
@@ -88,7 +88,7 @@ def batch_norm(
         shift = shift + bias
     # Once for each part, so that their gradients are summed by part too.
     scale, shift = (value.expand(means.shape) for value in (scale, shift))
-    return ((pixels - constant) * scale + shift).permute(0, 3, 1, 2)
+    return ((pixels - constant) * scale + shift).to(input.dtype).permute(0, 3, 1, 2)
 
 
 def _is_ours(
@@ -101,9 +101,9 @@ def _is_ours(
     momentum: float | None = 0.1,
     eps: float = 1e-5,
 ) -> bool:
-    """Whether it is a batch norm in training, of float32 or float64 pictures on the CPU, with running statistics.
+    """Whether it is a batch norm in training, of pictures on the CPU, with running statistics of float32 or float64.
 
-    A dimension without extent has no pixel to begin with, and 16 bits hold no sums.
+    A dimension without extent has no pixel to begin with.
     """
     return (
         training
@@ -113,6 +113,6 @@ def _is_ours(
         and input.dim() == 4
         and input.numel() > input.shape[1]
         and input.device.type == "cpu"
-        and input.dtype in (torch.float32, torch.float64)
-        and input.dtype == running_mean.dtype
+        and running_mean.dtype in (torch.float32, torch.float64)
+        and input.dtype in (torch.bfloat16, torch.float16, running_mean.dtype)
     )

@@ -17,7 +17,7 @@ SHAPES = [(4, 3, 5, 6), (1, 16, 8, 8), (6, 2, 1, 1), (2, 64, 40, 40)]
 
 def outcome(norm: object, x: Tensor, affine: bool) -> tuple[Tensor, ...]:
     """The output, the gradients, and the running statistics that are written."""
-    start = torch.linspace(0.5, 2, x.shape[1], dtype=x.dtype)
+    start = torch.linspace(0.5, 2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
     mean, variance = start.clone(), start.flip(0)
 
     def function(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -27,8 +27,9 @@ def outcome(norm: object, x: Tensor, affine: bool) -> tuple[Tensor, ...]:
 
     answer = vjp(function, x, start, start.square(), has_aux=True)
     output, pull_back, statistics = answer  # pyright: ignore[reportAssignmentType]
-    cotangent = torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view(x.shape).cos()
-    return (output, *pull_back(cotangent), *statistics)
+    # Of numbers that all types hold.
+    cotangent = torch.linspace(-1, 2, x.numel(), dtype=torch.float64).view(x.shape).cos().bfloat16()
+    return (output, *pull_back(cotangent.to(x.dtype)), *statistics)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -51,6 +52,17 @@ def test_a_mean_far_from_zero_does_not_drown_the_variance(generator: Generator) 
         torch.testing.assert_close(found.double(), reference, rtol=2e-2, atol=2e-2 * float(reference.std()))
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_summed_in_float32(low: torch.dtype, generator: Generator) -> None:
+    x = (3 + torch.randn(4, 3, 16, 16, generator=generator)).to(low)
+    ours, exact = outcome(compiled_norms.batch_norm, x, True), outcome(F.batch_norm, x.double(), True)
+    # The pictures and their gradient come in 16 bits, rounded once or twice; sums do not.
+    tolerances = [2 * torch.finfo(low).eps, 2 * torch.finfo(low).eps, *[1e-5] * 4]
+    for found, expected, tolerance in zip(ours, exact, tolerances, strict=True):
+        assert found.dtype == (low if found.dim() == 4 else torch.float32)
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize(
     ("norm", "x", "is_ours"),
     [
@@ -60,7 +72,8 @@ def test_a_mean_far_from_zero_does_not_drown_the_variance(generator: Generator) 
         (nn.BatchNorm2d(3, momentum=None), torch.ones(2, 3, 2, 2), True),
         (nn.BatchNorm1d(3), torch.ones(2, 3), False),
         (nn.BatchNorm1d(3), torch.ones(2, 3, 2), False),
-        (nn.BatchNorm2d(3), torch.ones(2, 3, 2, 2).bfloat16(), False),
+        (nn.BatchNorm2d(3), torch.ones(2, 3, 2, 2).bfloat16(), True),
+        (nn.BatchNorm2d(3).bfloat16(), torch.ones(2, 3, 2, 2).bfloat16(), False),
     ],
 )
 def test_only_what_it_is_made_for_is_taken(
