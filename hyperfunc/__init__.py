@@ -55,7 +55,7 @@ from hyperfunc.ensembles import Ensemble, ensemble
 from hyperfunc.fitting import Fit, fit_embeddings
 from hyperfunc.hypernet import HyperNetParams, generate_kernel, generate_kernels
 from hyperfunc.model import BatchStats, Model, Params, hyper_resnet, hyperize, materialize, resnet
-from hyperfunc.model_file import load, save
+from hyperfunc.model_file import load, load_conditional, load_ensemble, save
 from hyperfunc.overview import summary
 from hyperfunc.residual import ResNet
 from hyperfunc.stateful import as_module
@@ -109,6 +109,8 @@ __all__ = [
     "launch",
     "layers",
     "load",
+    "load_conditional",
+    "load_ensemble",
     "materialize",
     "model",
     "model_file",

@@ -39,11 +39,14 @@ class Encoder(NamedTuple):
         apply: `apply(params, conditions) -> codes`: a batch of conditions, stacked along the first dimension, to codes
             of shape (batch, code_dim). Each code depends on its own condition alone.
         code_dim: Length of a code.
+        recipe: The function that made it and its arguments, as JSON can hold them, by which a file names it; None
+            where it is made of code.
     """
 
     init: Callable[[Generator], Any]
     apply: Callable[[Any, Tensor], Tensor]
     code_dim: int
+    recipe: Mapping[str, Any] | None = None
 
 
 class ConditionalParams(NamedTuple):
@@ -243,7 +246,7 @@ def table(count: int) -> Encoder:
             raise ValueError(f"condition: got task {conditions.tolist()}, expected 0 to {count - 1}")
         return torch.eye(count, device=conditions.device)[conditions]
 
-    return Encoder(lambda _generator: {}, apply, count)
+    return Encoder(lambda _generator: {}, apply, count, {"function": "table", "count": count})
 
 
 def bounded(low: Sequence[float], high: Sequence[float]) -> Encoder:
@@ -277,7 +280,8 @@ def bounded(low: Sequence[float], high: Sequence[float]) -> Encoder:
         columns = zip(conditions.unbind(1), lows, spans, strict=True)
         return encode_bounded(torch.stack([(column - lower) / span for column, lower, span in columns], dim=1))
 
-    return Encoder(lambda _generator: {}, apply, 2 * len(lows))
+    recipe = {"function": "bounded", "low": [float(x) for x in low], "high": [float(x) for x in high]}
+    return Encoder(lambda _generator: {}, apply, 2 * len(lows), recipe)
 
 
 def from_module(module: nn.Module, code_dim: int) -> Encoder:

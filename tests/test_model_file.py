@@ -8,7 +8,7 @@ from helpers import assert_trees_equal, unchecked
 from torch import Generator, nn
 
 import hyperfunc as hf
-from hyperfunc import checkpoint, files, tree
+from hyperfunc import checkpoint, conditions, files, tree
 
 
 def small_net() -> nn.Module:
@@ -114,18 +114,63 @@ def test_a_note_does_not_take_the_recipes_place(tmp_path: Path, generator: Gener
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_of_several_networks_is_saved_whole_as_a_checkpoint(tmp_path: Path, generator: Generator) -> None:
-    model = hf.hyper_resnet(10)
-    for several in (hf.conditional(model, hf.conditions.table(2)), hf.ensemble(model, 2)):
-        params, batch_stats = several.init(generator)
-        name = type(several).__name__
-        with pytest.raises(ValueError, match=f"model: got {name}, expected a Model; .*, or take checkpoint.save"):
-            unchecked(hf.save)(tmp_path / "model", several, params, batch_stats)
-        with pytest.raises(ValueError, match=r"do not belong to the model: .*; give those of its init, or of one cond"):
-            unchecked(hf.save)(tmp_path / "model", model, params, batch_stats)
-        checkpoint.save(tmp_path / "whole", {"best": (params, batch_stats)}, {})
-        found = checkpoint.restore(checkpoint.load(tmp_path / "whole"), "best", several.init(torch.Generator()))
-        assert tree.equal(found, (params, batch_stats))
+def encoder_of(kind: str) -> hf.Encoder:
+    made = {
+        "table": lambda: conditions.table(3),
+        "bounded": lambda: conditions.bounded([0, -1.5], [1, 2]),
+        "module": lambda: conditions.from_module(nn.Sequential(nn.Linear(2, 3), nn.Tanh()), 3),
+    }
+    return made[kind]()
+
+
+@pytest.mark.parametrize("kind", ["table", "bounded", "module"])
+def test_a_conditional_model_comes_back(tmp_path: Path, generator: Generator, kind: str) -> None:
+    model = hf.conditional(hf.hyperize(small_net(), unit=(8, 16), z_dim=8), encoder_of(kind))
+    params, batch_stats = model.init(generator)
+    hf.save(tmp_path / "model", model, params, batch_stats, notes={"accuracy": 91.5})
+    own = kind == "module"
+    loaded, *trees = hf.load_conditional(tmp_path / "model", small_net(), encoder_of(kind) if own else None)
+    images, condition = torch.randn(2, 3, 16, 16), torch.tensor(2) if kind == "table" else torch.tensor([0.3, 0.9])
+    expected, _ = model.apply(params, batch_stats, condition, images, train=False)
+    found, _ = unchecked(loaded.apply)(*trees, condition, images, train=False)
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="encoder: got none, and a file holds no code" if own else "encoder: the mod"):
+        hf.load_conditional(tmp_path / "model", small_net(), None if own else encoder_of(kind))
+    if own:
+        wider = conditions.from_module(nn.Sequential(nn.Linear(2, 4), nn.Tanh()), 4)
+        with pytest.raises(ValueError, match=r"best/0/encoder/0.bias is float32\[3\], expected float32\[4\]"):
+            hf.load_conditional(tmp_path / "model", small_net(), wider)
+
+
+def test_an_ensemble_comes_back(tmp_path: Path, generator: Generator) -> None:
+    members = hf.ensemble(hf.hyper_resnet(10, z_dim=4), 3)
+    params, batch_stats = members.init(generator)
+    hf.save(tmp_path / "model", members, params, batch_stats)
+    loaded, *found = hf.load_ensemble(tmp_path / "model")
+    assert loaded.size == 3
+    assert_trees_equal(tree.named_leaves(tuple(found)), tree.named_leaves((params, batch_stats)))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded.predict(*found, images), members.predict(params, batch_stats, images))
+
+
+def test_each_kind_of_file_names_the_function_that_reads_it(tmp_path: Path, generator: Generator) -> None:
+    model = hf.hyper_resnet(10, z_dim=4)
+    kinds = {
+        "load": model,
+        "load_conditional": hf.conditional(model, conditions.table(2)),
+        "load_ensemble": hf.ensemble(model, 2),
+    }
+    for right, kind in kinds.items():
+        params, batch_stats = kind.init(generator)
+        hf.save(tmp_path / "model", kind, params, batch_stats)
+        for name in kinds.keys() - {right}:
+            with pytest.raises(ValueError, match=rf"holds a model made by \w+, .*; hyperfunc\.{right} reads it"):
+                getattr(hf, name)(tmp_path / "model")
+        if kind is not model:
+            with pytest.raises(ValueError, match=r"do not belong to the model: .*; give those of its init, or of one"):
+                hf.save(tmp_path / "model", model, params, batch_stats)
+    with pytest.raises(ValueError, match="model: got Sequential, expected a Model"):
+        unchecked(hf.save)(tmp_path / "model", small_net(), *model.init(generator))
 
 
 def test_sizes_of_other_types_of_integers_are_saved_as_ints(tmp_path: Path, generator: Generator) -> None:
