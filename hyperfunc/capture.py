@@ -177,6 +177,7 @@ def capture_evaluation(function: Evaluation, network: Any, batch: Any) -> Evalua
     Raises:
         ValueError: As of `capture`.
     """
+    tree.check_tensors("network, batch", (network, batch))
     if not _on_cuda((network, batch)):
         return function
     own_network = tree.map(torch.clone, network)

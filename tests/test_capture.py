@@ -147,6 +147,16 @@ def test_without_cuda_a_captured_evaluation_is_the_evaluation_itself() -> None:
     assert capture.capture_evaluation(function, network, batch) is function
 
 
+def test_a_number_among_the_tensors_is_named_where_there_is_no_cuda_too() -> None:
+    p, (function, network, batch) = problem("cpu"), evaluation("cpu")
+    with pytest.raises(ValueError, match="state, batch: got a float at 1/0, expected tensors at the leaves"):
+        unchecked(capture.capture)(p.step, p.state, (0.1, *p.batches[0]))
+    with pytest.raises(ValueError, match="network, batch: got a float at 1/0, expected tensors at the leaves"):
+        unchecked(capture.capture_evaluation)(function, network, (0.1, *batch))
+    with pytest.raises(ValueError, match="batch: got a float at 0, expected tensors at the leaves"):
+        unchecked(capture.compile_step)(p.step, (0.1, *p.batches[0]))
+
+
 @pytest.mark.traced
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_evaluation_equals_the_eager_one() -> None:
