@@ -1,8 +1,8 @@
 """Weights that depend on a condition: a task, a continuous vector, or the input itself.
 
-An encoder turns a condition into a code e of k numbers; the code, at length 1, mixes k tables of embeddings,
+An encoder turns a condition into a code e of k numbers; the code, at norm 1, mixes k tables of embeddings,
 z_u(e) = sum_j e_j Z[j, u], and from there on everything is as in the model without a condition. Kernels are linear in
-z, so that a code that grows would make kernels that grow with it: hence the length 1 (Ortiz, Guttag and Dalca 2023,
+z, so that a code that grows would make kernels that grow with it: hence the norm 1 (Ortiz, Guttag and Dalca 2023,
 arXiv 2304.07645). The part of the weights that no condition reaches, that paper's independent parameters, is here what
 the generator's biases give, and the parameters that are not generated.
 """
@@ -38,7 +38,7 @@ class Encoder(NamedTuple):
         init: `init(generator) -> params`, a pytree; an empty dict for an encoder without parameters.
         apply: `apply(params, conditions) -> codes`: a batch of conditions, stacked along the first dimension, to codes
             of shape (batch, code_dim). Each code depends on its own condition alone.
-        code_dim: Length of a code.
+        code_dim: Number of entries of a code.
         recipe: The function that made it and its arguments, as JSON can hold them, by which a file names it; None
             where it is made of code.
     """
@@ -54,7 +54,7 @@ class ConditionalParams(NamedTuple):
 
     Attributes:
         encoder: The encoder's own parameters.
-        model: Those of the model, but that each tensor of `embeddings` has the shape (code_dim, units, z).
+        model: Those of the model, except that each tensor in `embeddings` has the shape (code_dim, units, z).
     """
 
     encoder: Any
@@ -118,9 +118,9 @@ class Conditional(NamedTuple):
 def conditional(model: Model, encoder: Encoder) -> Conditional:
     """A model whose embeddings depend on a condition.
 
-    At init every entry of a code has a table of embeddings drawn like the model's own; since a code has length 1, the
+    At init every entry of a code has a table of embeddings drawn like the model's own; since a code has norm 1, the
     mixture has the variance that each layer calls for, whatever the condition. The encoder's codes are brought to
-    length 1 here. A code of zeros stays zeros, and leaves the generator's biases; it has no direction, and near it
+    norm 1 here. A code of zeros stays zeros, and leaves the generator's biases; it has no direction, and near it
     gradients grow without bound: start codes that are trained themselves away from it.
 
     Raises:
@@ -295,7 +295,7 @@ def from_module(module: nn.Module, code_dim: int) -> Encoder:
     Args:
         module: Takes conditions stacked along the first dimension. Bounded conditions train best through
             `encode_bounded` in front of it.
-        code_dim: Length of what it puts out.
+        code_dim: Number of entries that it puts out.
 
     Raises:
         ValueError: The module normalises over the batch, which would make a code depend on other conditions; or it is
@@ -340,14 +340,14 @@ def from_module(module: nn.Module, code_dim: int) -> Encoder:
 def encode_bounded(
     values: Float[Tensor, "*batch n"], low: float = 0.0, high: float = 1.0
 ) -> Float[Tensor, "*batch two_n"]:
-    """Bounded numbers as vectors of length 1, whatever the numbers.
+    """Bounded numbers as vectors of norm 1, whatever the numbers.
 
     With t = (value - low) / (high - low) the code is (cos(pi t_1 / 2), ..., cos(pi t_n / 2), sin(pi t_1 / 2), ...,
     sin(pi t_n / 2)) / sqrt(n): the encoding of Ortiz, Guttag and Dalca (2023, arXiv 2304.07645), whose norm is sqrt(n),
     divided by it. A plain number as input would scale whatever is linear in it.
 
     Args:
-        values: From `low` to `high`; others are still at length 1, but folded onto the same circle.
+        values: From `low` to `high`; others still have norm 1, but folded onto the same circle.
         low: The least value.
         high: The greatest value.
 

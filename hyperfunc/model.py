@@ -69,7 +69,7 @@ class Forward(Protocol):
 class Model(NamedTuple):
     """A network whose kernels are generated, as pure functions: neither parameters nor statistics are ever written.
 
-    They are only as pure as the primary network: a module that writes into its input still does.
+    These functions are only as pure as the primary network: a module that writes into its input still does so.
 
     Attributes:
         init: `init(generator) -> (params, batch_stats)`, on the generator's device.
@@ -80,8 +80,8 @@ class Model(NamedTuple):
             A module with layers of dropout requires one in training; anything else that is drawn without one comes
             from torch's global generator. See `randomness`. Arguments of the module's own that are called `train` or
             `seed` can be given by position only.
-        kernels: `kernels(params) -> {name: tensor}`, the generated tensors. Raises a ValueError if
-            there are not as many embeddings as the model has basic kernels, as every function that generates does.
+        kernels: `kernels(params) -> {name: tensor}`, the generated tensors. Like every function that generates, it
+            raises a ValueError unless there is exactly one embedding for each basic kernel.
         forward: `apply` from ready weights, which `weights(params)` gives: for many batches under the same parameters.
         weights: `weights(params) -> {name: tensor}`, all parameters of the primary network, generated and ordinary.
         tiling: What is generated, and from how many basic kernels.

@@ -36,10 +36,10 @@ class Totals(NamedTuple):
 
     Attributes:
         ordinary: Of the module, with ordinary weights.
-        primary: Of the module, but for those that are generated.
+        primary: Of the module, except those that are generated.
         generator: Of all generators.
         embeddings: Of all embeddings.
-        whole: Of the hypernetwork: primary, generator and embeddings.
+        whole: Of everything that is trained: generator, embeddings and primary.
         compression: ordinary / whole.
     """
 

@@ -108,12 +108,11 @@ def as_module(
         optimizer = torch.optim.Adam(net.parameters())
         loss = F.cross_entropy(net(images), labels)
 
-    In training each call writes the new statistics into the module's buffers, and in evaluation none. It generates all
-    kernels at each call; of a Model `materialize(net.model, *net.trees())` does so once. Its functions cannot be
-    pickled: save `state_dict()`, or give a Model's `trees()` to `save`. What has requires_grad=False in the module that
-    a model was made of has it here. The buffers of an encoder are constants in its function, which are neither moved
-    nor saved with this module. As everywhere, `torch.utils.checkpoint` must not be used inside of the primary network;
-    around the whole of it it can be.
+    In training each call writes the new statistics into the module's buffers, and in evaluation none. All kernels are
+    generated anew at each call; for a Model, `materialize(net.model, *net.trees())` generates them once. The module
+    cannot be pickled: save its `state_dict()`, or give `trees()` to `save`. Parameters with requires_grad=False in the
+    module that a model was made of have it here too. An encoder's buffers are constants, neither moved nor saved with
+    this module. `torch.utils.checkpoint` may wrap this whole module, but must not be used inside the primary network.
 
     Args:
         model: Of `hyper_resnet`, `hyperize`, `conditional` or `ensemble`.
