@@ -1,4 +1,5 @@
-"""The documentation's navigation: every module and every page has its place in it; and the examples of the README and the guide.
+"""The documentation's navigation, in which every module and every page has its place; and the examples of README and
+guide.
 
 CI builds the pages themselves."""
 
@@ -53,7 +54,8 @@ def test_examples_run_one_after_the_other(name: str, tmp_path: Path, monkeypatch
     # Compilation takes a minute, and is tried by other tests.
     text, compilations = re.subn(r"capture\.compile_step\(step, batch\)", "step", (ROOT / name).read_text())
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert compilations and len(blocks) >= 3
+    assert compilations
+    assert len(blocks) >= 3
     names: dict[str, Any] = {}
     for number, block in enumerate(blocks):
         exec(compile(block, f"{name}, block {number}", "exec"), names)
