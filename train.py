@@ -305,7 +305,9 @@ def make_step(members: Sequence[Run]) -> training.Step[training.Metrics]:
         load = population.make_load([one.dataset.train for one in members], [one.normalization for one in members])
         for index, one in enumerate(members):
             one.load = population.load_of_member(load, index)
-        return population.map_step(training.make_train_step(run.model, run.optimizer, load=load, **run.objective))
+        return population.map_side_by_side(
+            training.make_train_step(run.model, run.optimizer, load=load, **run.objective)
+        )
     whole = data.make_train_load(tree.to(run.dataset.train, run.device), run.normalization)
 
     ranks = run.ranks  # and not the run, which would hold itself then, and its memory until Python looks for that
@@ -471,14 +473,15 @@ def train(run: Run, interrupts: Interrupts, reporter: Reporter) -> population.Me
                         run.state, metrics = yield rows
                     run.unread.append(metrics)
                     progress.batch += steps
-                    by_clock = every.unit == "seconds" and is_due(every, run)
+                    by_clock = every.unit == "seconds" and time.monotonic() - run.saved_at >= every.number
                     order = run.ranks.agree(interrupts.received or (distributed.SAVE if by_clock else None))
                     if order is not None and order != distributed.SAVE:
                         raise Interrupted(order)
                     if progress.batch % config.report_every == 0 or progress.batch == run.batch_count:
                         report(run, rows, reporter, bars, pace)
                     bars.move(progress.epoch, progress.batch)
-                    if order == distributed.SAVE or (every.unit == "batches" and is_due(every, run)):
+                    by_batches = every.unit == "batches" and run.steps_done % every.number == 0
+                    if order == distributed.SAVE or by_batches:
                         progress.seconds = time.perf_counter() - started
                         run_file.save(run, reporter)
                 bars.figures(epoch="evaluating")
@@ -524,13 +527,6 @@ class Pace:
     def average(self) -> float:
         """Images a second up to the last note."""
         return (self._images - self._first) / max(self._last - self._started, 1e-9)
-
-
-def is_due(every: Every, run: Run) -> bool:
-    """Whether it is time for a save that does not wait for the end of an epoch."""
-    if every.unit == "batches":
-        return run.steps_done % every.number == 0
-    return every.unit == "seconds" and time.monotonic() - run.saved_at >= every.number
 
 
 def report(run: Run, rows: data.Draw, reporter: Reporter, bars: TrainingBars, pace: Pace) -> None:

@@ -43,7 +43,8 @@ def trainings(count: int, device: torch.device, *, together: bool) -> Callable[[
     if stacked:
         load = population.make_load([given.images] * count, [given.normalization] * count)
         optimizer = make_optimizer(number_format)
-        step = population.map_step(training.make_train_step(model, optimizer, load=load, precision=number_format))
+        step = training.make_train_step(model, optimizer, load=load, precision=number_format)
+        step = population.map_side_by_side(step)
         states = [population.stack(states)]
         draws = [population.side_by_side([draw] * count) for draw in draws]
     engine = "compiled" if ON_GPU else "eager"

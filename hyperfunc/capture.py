@@ -1,8 +1,8 @@
 """A step made fast: compiled by torch.compile, and captured as a CUDA graph.
 
 Nothing here knows what the step does. It is a pure function `step(state, batch) -> (state, metrics)` of pytrees of
-tensors, and so is what comes back, with one exception that is written out at `capture`: this is the only module in
-which a tensor that a caller holds is overwritten in place.
+tensors, and so is what comes back, with one exception that is written out at `capture`: there a tensor that the caller
+holds is overwritten in place.
 """
 
 import contextlib

@@ -25,7 +25,7 @@ from hyperfunc import tree
 from hyperfunc.arguments import positive
 from hyperfunc.hypernet import HyperNetParams, init_embeddings, root_mean_squares
 from hyperfunc.model import BatchStats, Model, Params, check_model
-from hyperfunc.primary import check_module, check_values
+from hyperfunc.primary import check_module, check_values, one_thread_at_a_time
 from hyperfunc.randomness import Seed, as_traced, fold_in
 from hyperfunc.vmap_rules import autocast_under_vmap, batch_norm
 
@@ -39,14 +39,11 @@ class Encoder(NamedTuple):
         apply: `apply(params, conditions) -> codes`: a batch of conditions, stacked along the first dimension, to codes
             of shape (batch, code_dim). Each code depends on its own condition alone.
         code_dim: Number of entries of a code.
-        recipe: The function that made it and its arguments, as JSON can hold them, by which a file names it; None
-            where it is made of code.
     """
 
     init: Callable[[Generator], Any]
     apply: Callable[[Any, Tensor], Tensor]
     code_dim: int
-    recipe: Mapping[str, Any] | None = None
 
 
 class ConditionalParams(NamedTuple):
@@ -246,7 +243,7 @@ def table(count: int) -> Encoder:
             raise ValueError(f"condition: got task {conditions.tolist()}, expected 0 to {count - 1}")
         return torch.eye(count, device=conditions.device)[conditions]
 
-    return Encoder(lambda _generator: {}, apply, count, {"function": "table", "count": count})
+    return _described(apply, count, function="table", count=count)
 
 
 def bounded(low: Sequence[float], high: Sequence[float]) -> Encoder:
@@ -280,8 +277,20 @@ def bounded(low: Sequence[float], high: Sequence[float]) -> Encoder:
         columns = zip(conditions.unbind(1), lows, spans, strict=True)
         return encode_bounded(torch.stack([(column - lower) / span for column, lower, span in columns], dim=1))
 
-    recipe = {"function": "bounded", "low": [float(x) for x in low], "high": [float(x) for x in high]}
-    return Encoder(lambda _generator: {}, apply, 2 * len(lows), recipe)
+    bounds = {"low": [float(bound) for bound in low], "high": [float(bound) for bound in high]}
+    return _described(apply, 2 * len(lows), function="bounded", **bounds)
+
+
+def encoder_recipe(encoder: Encoder) -> dict[str, Any] | None:
+    """The function that made an encoder, `table` or `bounded`, and its arguments, as JSON can hold them: what a file
+    needs to make it again. None for one that is made of code."""
+    return getattr(encoder.apply, "_recipe", None)
+
+
+def _described(apply: Callable[[Any, Tensor], Tensor], code_dim: int, **recipe: Any) -> Encoder:
+    """An encoder without parameters; its recipe stands at the function, so that no other function inherits it."""
+    vars(apply)["_recipe"] = recipe
+    return Encoder(lambda _generator: {}, apply, code_dim)
 
 
 def from_module(module: nn.Module, code_dim: int) -> Encoder:
@@ -313,6 +322,7 @@ def from_module(module: nn.Module, code_dim: int) -> Encoder:
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     check_values({**values, **buffers})
     skeleton = copy.deepcopy(module).eval()
+    locked = one_thread_at_a_time()
     # By device, so that a call copies nothing to one that a model was initialised on: a CUDA graph could not.
     ready: dict[torch.device, dict[str, Tensor]] = {}
 
@@ -324,7 +334,8 @@ def from_module(module: nn.Module, code_dim: int) -> Encoder:
     def apply(params: Mapping[str, Tensor], conditions: Tensor) -> Any:
         constants = ready[conditions.device] if conditions.device in ready else tree.to(buffers, conditions.device)
         try:
-            return functional_call(skeleton, {**params, **constants}, (conditions,), strict=True)
+            with locked():
+                return functional_call(skeleton, {**params, **constants}, (conditions,), strict=True)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -106,10 +106,10 @@ def ensemble(model: Model, n: int) -> Ensemble:
 
     def predict(params: Params, batch_stats: BatchStats, *args: Any, **kwargs: Any) -> Float[Tensor, "n classes"]:
         logits, _ = apply(params, batch_stats, *args, train=False, **kwargs)
-        if logits.shape[-1] < 2:
+        if logits.dim() != 3 or logits.shape[2] < 2:
             raise ValueError(
-                f"predict: got outputs of shape {tuple(logits.shape)}, expected logits of two classes or more; the "
-                "mean of other outputs is apply(..., train=False)[0].mean(0)"
+                f"predict: got outputs of shape {tuple(logits.shape[1:])} from each member, expected (n, classes) with "
+                "two classes or more; the mean of other outputs is apply(..., train=False)[0].mean(0)"
             )
         return logits.softmax(dim=-1).mean(dim=0)
 

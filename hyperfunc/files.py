@@ -212,4 +212,8 @@ def _keep(path: Path, under: Path) -> None:
         raise
     except OSError:
         with open(path, "rb") as old, open(under, "xb") as new:
-            shutil.copyfileobj(old, new)
+            try:
+                shutil.copyfileobj(old, new)
+            except BaseException:
+                under.unlink()  # half of a file is not the old one
+                raise

@@ -24,7 +24,7 @@ from torch.func import vjp
 from hyperfunc import tree
 from hyperfunc.hypernet import HyperNetParams
 from hyperfunc.model import BatchStats, Model, Params, check_model
-from hyperfunc.primary import check_state_dict
+from hyperfunc.primary import by_first_name, check_state_dict
 from hyperfunc.tiling import Layer, assemble
 
 
@@ -265,13 +265,7 @@ def _by_first_name(model: Model, state_dict: Any) -> dict[str, Tensor]:
             stripped = f"{{name.removeprefix({prefix!r}): tensor for name, tensor in state_dict.items()}}"
             raise ValueError(f"state_dict: every name begins with {prefix!r}; give {stripped}")
     check_state_dict(model.module, state_dict)
-    first: dict[int, str] = {}
-    found: dict[str, Tensor] = {}
-    for named in (model.module.named_parameters, model.module.named_buffers):
-        for name, tensor in named(remove_duplicate=False):
-            first.setdefault(id(tensor), name)
-            if name in state_dict:
-                found.setdefault(first[id(tensor)], state_dict[name])
+    found = by_first_name(model.module, state_dict)
     for name, tensor in found.items():
         if tensor.is_meta:
             raise ValueError(f"state_dict: {name} is on the meta device, without values; give that of a real module")

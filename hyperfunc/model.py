@@ -24,7 +24,7 @@ from hyperfunc.hypernet import (
     init_generator,
 )
 from hyperfunc.layers import is_linear_map
-from hyperfunc.primary import check_module, check_values, on_meta, with_values
+from hyperfunc.primary import check_module, check_values, first_names, on_meta, one_thread_at_a_time, with_values
 from hyperfunc.randomness import Seed, Seeded, as_traced, drawing_layers
 from hyperfunc.residual import Block, ResNet, Shortcut, init_weights
 from hyperfunc.targets import Targets, choose
@@ -69,7 +69,8 @@ class Forward(Protocol):
 class Model(NamedTuple):
     """A network whose kernels are generated, as pure functions: neither parameters nor statistics are ever written.
 
-    These functions are only as pure as the primary network: a module that writes into its input still does so.
+    These functions are only as pure as the primary network: a module that writes into its input still does so. Threads
+    may share a model; its calls, outside of compiled code, then wait for each other.
 
     Attributes:
         init: `init(generator) -> (params, batch_stats)`, on the generator's device.
@@ -293,9 +294,10 @@ def make_forward(module: nn.Module) -> Forward:
     has_onednn = torch.backends.mkldnn.is_available()
     # The mode is fixed in one module for each, because switching it at the call would be hidden state.
     modules = {True: copy.deepcopy(module).train(), False: copy.deepcopy(module).eval()}
-    names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-    every = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    is_tied = len(every) > len(names)
+    first = first_names(module)
+    names = set(first.values())
+    is_tied = len(first) > len(names)
+    locked = one_thread_at_a_time()
     empty = {train: _empty_buffers(modules[train]) for train in modules}
 
     def forward(
@@ -333,28 +335,24 @@ def make_forward(module: nn.Module) -> Forward:
             # names of what is tied, so that it does where it may find something.
             is_known = values.keys() == names
             if not is_known:
-                _check_names(values, every)
-            try:
-                output = functional_call(modules[train], values, args, kwargs, tie_weights=is_tied)
-            finally:
-                _check_empty(empty[train])
+                _check_names(values, first)
+            with locked():
+                try:
+                    output = functional_call(modules[train], values, args, kwargs, tie_weights=is_tied)
+                finally:
+                    _check_empty(empty[train])
         # A buffer that forward replaced, instead of writing into it, is in `values` alone.
         return output, {name: values[name] for name in new_stats}
 
     return forward
 
 
-def _check_names(values: Mapping[str, Tensor], every: list[tuple[str, Tensor]]) -> None:
-    """Raises a ValueError where `values` are not one for each of the tensors; one that is tied may have any of its
-    names."""
-    given = {id(tensor) for name, tensor in every if name in values}
-    missing: dict[int, str] = {}
-    for name, tensor in every:
-        if id(tensor) not in given:
-            missing.setdefault(id(tensor), name)
-    known = {name for name, _ in every}
-    differences = [f"{name} is missing" for name in missing.values()]
-    differences += [f"{name} is unknown" for name in values if name not in known]
+def _check_names(values: Mapping[str, Tensor], first: Mapping[str, str]) -> None:
+    """Raises a ValueError where `values` are not one for each of the tensors, of whose names `first` says which come
+    first; one that is tied may have any of its names."""
+    given = {first[name] for name in first if name in values}
+    differences = [f"{name} is missing" for name in dict.fromkeys(first.values()) if name not in given]
+    differences += [f"{name} is unknown" for name in values if name not in first]
     if differences:
         raise ValueError(
             f"weights, batch_stats: {some(differences, 4, '; ')}; give what the model's own init and weights give"

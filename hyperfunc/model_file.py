@@ -14,7 +14,15 @@ from torch import nn
 
 from hyperfunc import checkpoint
 from hyperfunc.arguments import some
-from hyperfunc.conditions import Conditional, ConditionalParams, Encoder, bounded, conditional, table
+from hyperfunc.conditions import (
+    Conditional,
+    ConditionalParams,
+    Encoder,
+    bounded,
+    conditional,
+    encoder_recipe,
+    table,
+)
 from hyperfunc.ensembles import Ensemble, ensemble
 from hyperfunc.model import BatchStats, Model, Params, check_model, from_recipe
 
@@ -110,7 +118,7 @@ def load_ensemble(path: str | os.PathLike[str], module: nn.Module | None = None)
 
 def _recipe(model: Any) -> dict[str, Any]:
     if isinstance(model, Conditional):
-        return {"function": "conditional", "model": model.model.recipe, "encoder": model.encoder.recipe}
+        return {"function": "conditional", "model": model.model.recipe, "encoder": encoder_recipe(model.encoder)}
     if isinstance(model, Ensemble):
         return {"function": "ensemble", "model": model.model.recipe, "n": model.size}
     check_model(model)

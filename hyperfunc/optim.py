@@ -191,6 +191,10 @@ def scaled(optimizer: Optimizer, *, first: float = 2.0**16, grow_after: int = 20
         device = tree.leaves(params)[0].device
         scale = torch.full((), first, dtype=torch.float32, device=device)
         inner = optimizer.init(tree.ravel(params)[0] if optimizer.elementwise else params)
+        if isinstance(inner, Scaled):
+            raise ValueError(
+                "optimizer: got a scaled one, whose gradients would be divided twice; leave one scaled out"
+            )
         return Scaled(scale, torch.zeros((), dtype=torch.int64, device=device), inner)
 
     def update(grads: Any, opt_state: Scaled, params: Any, step: Int[Tensor, ""]) -> tuple[Any, Scaled]:

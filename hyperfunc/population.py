@@ -33,9 +33,9 @@ class Rows(NamedTuple):
     member: Int[Tensor, "*n"]
 
 
-def map_step(step: Step[M]) -> Step[M]:
-    """A step of stacked states from a step of one; rows are `Rows`, examples first. Metrics have the
-    members as first dimension."""
+def map_side_by_side(step: Step[M]) -> Step[M]:
+    """A step of stacked states from a step of one, for rows as `side_by_side` makes them. Metrics have the members as
+    first dimension."""
     return torch.vmap(step, in_dims=(0, 1), randomness="different")
 
 
@@ -54,8 +54,8 @@ def side_by_side(draws: Sequence[data.Draw]) -> Rows | data.Draw:
 
 
 def make_load(images: Sequence[data.Images], normalizations: Sequence[data.Normalization]) -> Load:
-    """Builds `load(rows) -> (images, labels)` for a step of one member under `map_step`: `data.make_train_load`, where
-    each member has training pictures and a normalization of its own.
+    """Builds `load(rows) -> (images, labels)` for a step of one member under `map_side_by_side`: as
+    `data.make_train_load`, where each member has training pictures and a normalization of its own.
 
     Args:
         images: Of each member, as many as of any other. The same pixels for all are held once.

@@ -1,7 +1,9 @@
 """Any module as primary network: what it must be, its copy without data, and what must fit it."""
 
 import copy
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -88,20 +90,15 @@ def check_state_dict(module: nn.Module, state_dict: Any, name: str = "state_dict
     """
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"{name}: got {_kind(state_dict)}, expected tensors by name, as a module's state_dict() gives")
-    first: dict[int, str] = {}
-    known: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-    known |= dict(module.named_buffers(remove_duplicate=False))
+    known: dict[str, Tensor] = dict(_named_tensors(module))
+    first = first_names(module)
     extra = {
         f"{path}.{_EXTRA_STATE}" if path else _EXTRA_STATE: layer
         for path, layer in module.named_modules(remove_duplicate=False)
         if type(layer).get_extra_state is not nn.Module.get_extra_state
     }
-    given: set[str] = set()
-    for path, tensor in known.items():
-        first.setdefault(id(tensor), path)
-        if path in state_dict:
-            given.add(first[id(tensor)])
-    needed = {first[id(known[path])] for path in known.keys() - _not_persistent(module)}
+    given = {first[path] for path in known if path in state_dict}
+    needed = {first[path] for path in known.keys() - _not_persistent(module)}
     differences = [f"{path} is missing" for path in sorted(needed - given)]
     for path, value in state_dict.items():
         if path in extra:
@@ -117,6 +114,21 @@ def check_state_dict(module: nn.Module, state_dict: Any, name: str = "state_dict
         )
 
 
+def first_names(module: nn.Module) -> dict[str, str]:
+    """Each name of a parameter or buffer of `module`, with the first of the names that the tensor has."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in _named_tensors(module)}
+
+
+def by_first_name(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that `module` has a name for, by the first name of each; of a tied one the first that is given."""
+    found: dict[str, Any] = {}
+    for name, first in first_names(module).items():
+        if name in values:
+            found.setdefault(first, values[name])
+    return found
+
+
 def on_meta(module: nn.Module) -> nn.Module:
     """A copy of `module` without data; tied parameters stay tied."""
     memo: dict[int, Any] = {
@@ -130,17 +142,33 @@ def with_values(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     """A copy of `module`, in training mode, that holds copies of `values`; tied parameters stay tied.
 
     Raises:
-        ValueError: They do not fit the module.
+        ValueError: They do not fit the module, or one of its buffers is missing.
     """
     check_state_dict(module, values, "weights")
+    found = by_first_name(module, values)
+    if missing := [name for name, _ in module.named_buffers() if name not in found]:
+        raise ValueError(f"batch_stats: {some(missing)} is missing; give what the model's own init and apply give")
     memo: dict[int, Any] = {}
     for name, meta in module.named_parameters():
-        value = values[name].detach().clone(memory_format=torch.contiguous_format)
+        value = found[name].detach().clone(memory_format=torch.contiguous_format)
         memo[id(meta)] = nn.Parameter(value, requires_grad=meta.requires_grad)
     for name, meta in module.named_buffers():
-        memo[id(meta)] = values[name].detach().clone()
+        memo[id(meta)] = found[name].detach().clone()
     # deepcopy puts what the memo holds in the place of each tensor.
     return copy.deepcopy(module, memo).train()
+
+
+def one_thread_at_a_time() -> Callable[[], AbstractContextManager[object]]:
+    """Makes a function that gives the context for a `functional_call` of one module, which holds the values while it
+    runs: another thread would compute with these. A traced call computes with nothing, and locks nothing."""
+    lock = threading.RLock()
+    return lambda: nullcontext() if torch.compiler.is_compiling() else lock
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters, then all buffers; what is tied under each of its names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 def _check_wrapper(place: str, layer: nn.Module) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from hyperfunc import tree
 from hyperfunc._attention import attention_forward
 
 Seed = int | Tensor
@@ -105,9 +106,10 @@ class Seeded(TorchFunctionMode):
         x = ((x ^ (x >> 15)) * 0x735A2D97) & _MASK
         return ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
 
-    def uniform(self, shape: Iterable[int], device: torch.device) -> Tensor:
-        """Fresh numbers, uniform in [0, 1), in steps of 2^-24, which is as fine as float32 has them near 1."""
-        return (self.bits(shape, device) >> 8).float() * 2.0**-24
+    def uniform(self, shape: Iterable[int], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Fresh numbers, uniform in [0, 1), in steps as fine as the type has them near 1, and 2^-24 at the finest."""
+        digits = min(24, 1 - round(math.log2(torch.finfo(dtype).eps)))
+        return ((self.bits(shape, device) >> (32 - digits)).float() * 2.0**-digits).to(dtype)
 
     def normal(self, shape: Iterable[int], device: torch.device) -> Tensor:
         """Fresh numbers of the unit normal distribution (Box and Muller 1958)."""
@@ -124,7 +126,9 @@ def _rate_of(layer: nn.Module) -> float:
         return float(rate) if isinstance(rate, (int, float)) else 0.0
     if isinstance(layer, nn.modules.dropout._DropoutNd) or type(layer).__name__ == "StochasticDepth":
         return float(layer.p)  # pyright: ignore[reportArgumentType]
-    if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)):
+    if isinstance(layer, nn.RNNBase):
+        return layer.dropout if layer.num_layers > 1 else 0.0  # it is between layers
+    if isinstance(layer, nn.MultiheadAttention):
         return layer.dropout
     if isinstance(layer, nn.RReLU):
         return layer.upper - layer.lower
@@ -132,9 +136,11 @@ def _rate_of(layer: nn.Module) -> float:
 
 
 def _drops_between_layers(args: tuple[Any, ...]) -> bool:
-    """Whether a recurrent function drops out: its rate is the one float of its arguments, and `training` the next."""
-    place = next(index for index, value in enumerate(args) if isinstance(value, float))
-    return args[place] > 0 and args[place + 1]
+    """Whether a recurrent function drops out, by what follows on the first bool of its arguments, which says whether it
+    has biases; before it they are others for packed sequences."""
+    place = next(index for index, value in enumerate(args) if isinstance(value, bool))
+    layers, rate, training = args[place + 1 : place + 4]
+    return training and rate > 0 and layers > 1
 
 
 def _state(seed: Seed) -> Any:
@@ -266,16 +272,28 @@ def _rrelu(
 
 
 def _rand(mode: Seeded, func: Callable[..., Any], *size: Any, **kwargs: Any) -> Tensor:
-    return _like_factory(mode, func, torch.empty(*size, **kwargs))
+    return _fill(mode, func, torch.empty(*size, **kwargs), kwargs.get("out"))
 
 
 def _rand_like(mode: Seeded, func: Callable[..., Any], input: Tensor, **kwargs: Any) -> Tensor:
-    return _like_factory(mode, func, torch.empty_like(input, **kwargs))
+    return _fill(mode, func, torch.empty_like(input, **kwargs))
 
 
-def _like_factory(mode: Seeded, func: Callable[..., Any], like: Tensor) -> Tensor:
-    draw = mode.uniform if func in (torch.rand, torch.rand_like) else mode.normal
-    return draw(like.shape, like.device).to(like.dtype)
+def _fill(mode: Seeded, func: Callable[..., Any], empty: Tensor, out: Tensor | None = None) -> Tensor:
+    """Random numbers in place of `empty`: a tensor of their own, because under vmap `empty` has no room for those of a
+    mapped seed."""
+    if empty.is_complex():
+        raise ValueError(
+            f"seed: the module calls torch's {func.__name__} for {tree.dtype_name(empty.dtype)}, and only real numbers "
+            "can be drawn from a seed; join two draws with torch.complex"
+        )
+    if func in (torch.rand, torch.rand_like):
+        numbers = mode.uniform(empty.shape, empty.device, empty.dtype)
+    else:
+        numbers = mode.normal(empty.shape, empty.device).to(empty.dtype)
+    if out is not None:
+        return out.copy_(numbers)
+    return numbers.requires_grad_() if empty.requires_grad else numbers
 
 
 def _fractional_pool(mode: Seeded, func: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -283,7 +301,7 @@ def _fractional_pool(mode: Seeded, func: Callable[..., Any], input: Tensor, *arg
     axes = 2 if func in (F.fractional_max_pool2d, F.fractional_max_pool2d_with_indices) else 3
     if kwargs.get("_random_samples") is None:
         leading = (1, input.shape[0]) if input.dim() == axes + 1 else tuple(input.shape[:2])
-        kwargs["_random_samples"] = mode.uniform((*leading, axes), input.device).to(input.dtype)
+        kwargs["_random_samples"] = mode.uniform((*leading, axes), input.device, input.dtype)
     return func(input, *args, **kwargs)
 
 
@@ -297,7 +315,7 @@ def _bernoulli_(mode: Seeded, func: Callable[..., Any], input: Tensor, p: Any = 
 
 
 def _uniform_(mode: Seeded, func: Callable[..., Any], input: Tensor, a: float = 0.0, b: float = 1.0) -> Tensor:
-    return input.copy_(a + (b - a) * mode.uniform(input.shape, input.device))
+    return input.copy_(a + (b - a) * mode.uniform(input.shape, input.device, input.dtype))
 
 
 def _normal_(mode: Seeded, func: Callable[..., Any], input: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:

@@ -191,8 +191,6 @@ def _carry_out_group(
     make_room: Callable[[], None],
 ) -> tuple[list[sweep.Result], dict[str, str]]:
     """Trains runs in one step; returns what came out of those that are over, and `_digests` of their pictures."""
-    # Dynamo counts what it compiles by the code alone, and gives up after eight times.
-    torch.compiler.reset()
     runs: dict[int, Run] = {}
     ends: dict[int, int | str | FloatingPointError] = {}
     speakers = [Printer(quiet=printer.quiet, prefix=f"{sweep.name_of(flags)}  ") for flags, _ in group]

@@ -59,7 +59,8 @@ class Stateful(nn.Module):
 
     def trees(self) -> tuple[Any, BatchStats]:
         """The parameters and the statistics, as the pytrees that the model's functions take. Their leaves are without
-        a gradient, and share the memory of this module's own."""
+        a gradient, and share the memory of this module's own: a call in training writes into these statistics, and an
+        optimizer into these parameters. Keep them, as the best so far, by `tree.clone`."""
         params, batch_stats = self._own_trees()
         return tree.map(Tensor.detach, params), tree.map(Tensor.detach, batch_stats)
 

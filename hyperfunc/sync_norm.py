@@ -69,7 +69,8 @@ class SyncBatchNorm(_BatchNorm):
         variance = (squares + counts * (means - mean).square()).sum(0) / total
         with torch.no_grad():
             # The running variance is the unbiased one, as in torch.
-            for running, value in ((self.running_mean, mean), (self.running_var, variance * (total / (total - 1)))):
+            unbiased = variance * (total / (total - 1).clamp(min=1))
+            for running, value in ((self.running_mean, mean), (self.running_var, unbiased)):
                 running.copy_(torch.lerp(running, value.detach(), self.momentum))
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)

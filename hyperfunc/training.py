@@ -561,8 +561,13 @@ def _zeros_like(values: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict
     return {name: part.view_as(value) for (name, value), part in zip(values.items(), parts, strict=True)}
 
 
-def _loss_dtype(logits: Tensor) -> Tensor:
+def _loss_dtype(logits: Any) -> Tensor:
     """A loss in 16 bits, of a model in them too, could not be added up: a sum of many stops growing."""
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"model: its output is a {type(logits).__name__}, expected one tensor of logits; a step that takes other "
+            "outputs, as of networks with auxiliary classifiers, is made by make_step"
+        )
     # Not `in LOW.values()`, which torch.compile cannot trace in torch 2.7.
     return logits.float() if logits.dtype in tuple(LOW.values()) else logits
 

@@ -16,7 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "targets": {"arguments", "layers", "tiling"},
     "primary": {"tree", "arguments"},
     "_attention": set(),
-    "randomness": {"_attention"},
+    "randomness": {"tree", "_attention"},
     "vmap_rules": {"tree", "_attention"},
     "compiled_norms": {"vmap_rules"},
     "residual": {"arguments"},

@@ -94,7 +94,7 @@ def test_steps_of_several_seeds() -> None:
     model = hf.hyper_resnet(10)
     images, normalization = given()
     load = population.make_load([images] * 2, [normalization] * 2)
-    steps = training.scan(population.map_step(training.make_train_step(model, ADAM, load=load)), 8)
+    steps = training.scan(population.map_side_by_side(training.make_train_step(model, ADAM, load=load)), 8)
     together = population.stack([state_of(model, ADAM)] * 2)
     assert_on_meta(steps(together, population.side_by_side([rows()] * 2)))
 

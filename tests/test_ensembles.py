@@ -255,6 +255,11 @@ def test_one_batch_is_no_batch_for_each_member(generator: Generator) -> None:
 
 
 def test_no_probabilities_are_made_of_what_are_no_classes(generator: Generator) -> None:
-    members = hf.ensemble(hf.hyperize(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1)), targets="0.weight"), 2)
-    with pytest.raises(ValueError, match=r"predict: got outputs of shape \(2, 3, 1\), expected logits of two classes"):
-        members.predict(*members.init(generator), torch.ones(3, 8))
+    one_output = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1)), (3, 8), r"\(3, 1\)"
+    pixels = nn.Sequential(nn.Conv2d(16, 16, 1), nn.Conv2d(16, 5, 1)), (3, 16, 4, 4), r"\(3, 5, 4, 4\)"
+    for network, shape, outputs in (one_output, pixels):
+        members = hf.ensemble(hf.hyperize(network, targets="0.weight"), 2)
+        with pytest.raises(
+            ValueError, match=rf"predict: got outputs of shape {outputs} from each .* \(n, classes\) with"
+        ):
+            members.predict(*members.init(generator), torch.ones(shape))

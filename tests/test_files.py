@@ -3,11 +3,13 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import safetensors.torch
@@ -66,6 +68,26 @@ def test_the_old_file_is_kept_where_there_are_no_hard_links(tmp_path: Path, monk
 
     monkeypatch.setattr(os, "link", refuse)
     test_the_old_file_is_kept_under_another_name(tmp_path)
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_copy_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tensors(tmp_path / "file", {}, {"run": 1})
+
+    def refuse(*_: object) -> None:
+        raise OSError("no hard links here")
+
+    def half(old: BinaryIO, new: BinaryIO) -> None:
+        new.write(old.read(10))
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(shutil, "copyfileobj", half)
+    with pytest.raises(OSError, match="no space left"):
+        write_tensors(tmp_path / "file", {}, {"run": 2}, keep_old_as=tmp_path / "aside")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert read_tensors(tmp_path / "file")[1] == {"run": 1}
 
 
 def test_a_failed_write_leaves_no_second_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 import math
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import oracle
@@ -29,6 +31,29 @@ def in_float64(model: Model, generator: Generator) -> tuple[hf.Params, hf.BatchS
 def batch(generator: Generator, count: int = 4) -> tuple[Tensor, Tensor]:
     images = torch.randn(count, 3, 32, 32, generator=generator, dtype=torch.float64)
     return images, torch.arange(count) % 10
+
+
+def test_threads_may_share_a_model(generator: Generator) -> None:
+    """Since functional_call puts the values into a module that both of them call."""
+    encoder = hf.conditions.from_module(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), 2)
+    model = hf.conditional(hf.hyper_resnet(10, z_dim=4), encoder)
+    states = [model.init(generator) for _ in range(4)]
+    images, condition = torch.randn(2, 3, 32, 32, generator=generator), torch.ones(4)
+
+    def call(number: int) -> tuple[Tensor, Tensor]:
+        return model.apply(*states[number % 4], condition, images, train=False)[0], encoder.apply(
+            states[number % 4][0].encoder, condition.expand(1, 4)
+        )
+
+    expected = [call(number) for number in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            for number, found in enumerate(threads.map(call, range(100))):
+                torch.testing.assert_close(found, expected[number % 4])
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_weights_of_other_names_are_refused(generator: Generator) -> None:

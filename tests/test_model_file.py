@@ -142,6 +142,16 @@ def test_a_conditional_model_comes_back(tmp_path: Path, generator: Generator, ki
             hf.load_conditional(tmp_path / "model", small_net(), wider)
 
 
+def test_an_encoder_that_was_changed_is_not_taken_for_the_one_that_it_was(tmp_path: Path, generator: Generator) -> None:
+    table = conditions.table(3)
+    model = hf.conditional(
+        hf.hyper_resnet(10, z_dim=4), table._replace(apply=lambda params, tasks: table.apply(params, tasks).flip(1))
+    )
+    hf.save(tmp_path / "model", model, *model.init(generator))
+    with pytest.raises(ValueError, match="encoder: got none, and a file holds no code"):
+        hf.load_conditional(tmp_path / "model")
+
+
 def test_an_ensemble_comes_back(tmp_path: Path, generator: Generator) -> None:
     members = hf.ensemble(hf.hyper_resnet(10, z_dim=4), 3)
     params, batch_stats = members.init(generator)

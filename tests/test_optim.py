@@ -201,6 +201,10 @@ def test_a_scale_that_cannot_be() -> None:
             optim.scaled(optim.sgd(0.1), first=first)
     with pytest.raises(ValueError, match="grow_after: got 0, expected at least 1"):
         optim.scaled(optim.sgd(0.1), grow_after=0)
+    twice = optim.scaled(optim.clipped(optim.scaled(optim.sgd(0.1)), 1.0))
+    for optimizer in (twice, optim.scaled(optim.scaled(optim.sgd(0.1)))):
+        with pytest.raises(ValueError, match="optimizer: got a scaled one, "):
+            optimizer.init({"w": torch.ones(2)})
 
 
 @pytest.mark.parametrize("optimizer", [optim.adam(0.1), optim.sgd(0.1), optim.adam(optim.cosine(0.1, 9))])

@@ -79,7 +79,7 @@ def step_of(runs: list[Single]) -> training.Step:
     load = population.make_load([runs[0].images] * len(runs), [run.normalization for run in runs])
     if runs[1].images.pixels is not runs[0].images.pixels:
         load = population.make_load([run.images for run in runs], [run.normalization for run in runs])
-    return training.scan(population.map_step(training.make_train_step(MODEL, OPTIMIZER, load=load)), BATCH)
+    return training.scan(population.map_side_by_side(training.make_train_step(MODEL, OPTIMIZER, load=load)), BATCH)
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -55,6 +55,28 @@ def trained() -> Trained:
     return model, params, batch_stats, images, labels
 
 
+def test_a_materialized_network_may_be_given_by_any_name_and_needs_all_buffers(generator: Generator) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.b.bias = self.a.bias
+            self.register_buffer("mask", torch.ones(16), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)) * self.mask
+
+    model = hf.hyperize(Tied(), targets="a.weight", z_dim=4)
+    params, batch_stats = model.init(generator)
+    bias = params.primary.pop("a.bias")
+    params.primary["b.bias"] = bias + 1
+    x = torch.randn(3, 16, generator=generator)
+    network = hf.materialize(model, params, batch_stats)
+    torch.testing.assert_close(network(x), model.apply(params, batch_stats, x, train=False)[0])
+    with pytest.raises(ValueError, match="batch_stats: mask is missing; give what the model's own init and apply give"):
+        hf.materialize(model, params, {})
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_a_materialized_network_starts_at_the_loss_of_the_hypernetwork_and_can_be_tuned(
     trained: Trained, train: bool

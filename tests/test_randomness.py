@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -264,6 +265,54 @@ def test_what_torch_refuses_is_refused_under_a_seed() -> None:
     mask = torch.ones(2, 2, dtype=torch.bool)
     with Seeded(0), pytest.raises(ValueError, match="got attn_mask and is_causal=True, expected one of them"):
         F.scaled_dot_product_attention(x, x, x, mask, dropout_p=0.5, is_causal=True)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_recurrent_layer_draws_only_where_it_drops_between_layers(
+    kind: Callable[..., nn.RNNBase], packed: bool
+) -> None:
+    x: Any = torch.ones(2, 3, 4)
+    x = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3, 2]), batch_first=True) if packed else x
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of a dropout that does nothing
+        quiet = [kind(4, 4, 1, dropout=0.3, batch_first=True), kind(4, 4, 2, dropout=0.3, batch_first=True).eval()]
+    set_to_int = kind(4, 4, 2, dropout=0.3, batch_first=True)
+    set_to_int.dropout = 0
+    for layer in (*quiet, set_to_int):
+        with Seeded(0):
+            layer(x)
+    assert drawing_layers(quiet[0]) == drawing_layers(set_to_int) == []
+    dropping = kind(4, 4, 2, dropout=0.3, batch_first=True)
+    assert drawing_layers(dropping)
+    with Seeded(0), pytest.raises(ValueError, match="inside of a recurrent layer cannot be seeded"):
+        dropping(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_uniform_numbers_stay_below_one_in_any_type(dtype: torch.dtype) -> None:
+    with Seeded(0):
+        draws = (
+            torch.rand(50_000, dtype=dtype),
+            torch.empty(50_000, dtype=dtype).uniform_(),
+            torch.rand_like(torch.empty(50_000, dtype=dtype)),
+        )
+    for draw in draws:
+        assert draw.dtype == dtype
+        assert 0 <= draw.min() <= 0.01
+        assert 0.99 <= draw.max() < 1
+        assert draw.double().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_what_torch_can_be_asked_of_a_draw_is_done() -> None:
+    out = torch.zeros(5)
+    with Seeded(0):
+        assert torch.rand(5, out=out) is out
+        assert torch.randn(2, requires_grad=True).requires_grad
+    with Seeded(0):
+        assert torch.equal(torch.rand(5), out)
+    with Seeded(0), pytest.raises(ValueError, match="calls torch's randn for complex64, and only real numbers can be"):
+        torch.randn(3, dtype=torch.complex64)
 
 
 def test_a_generator_of_the_modules_own_is_used() -> None:

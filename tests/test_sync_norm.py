@@ -51,6 +51,13 @@ def test_an_input_of_16_bits_stays_one(generator: Generator) -> None:
     assert norm.get_buffer("running_var").dtype == torch.float32
 
 
+@pytest.mark.usefixtures("one_rank")
+def test_one_example_over_all_ranks_leaves_the_statistics_finite() -> None:
+    norm = sync_norm.convert(nn.BatchNorm1d(3))
+    assert norm(torch.ones(1, 3)).isfinite().all()
+    assert norm.get_buffer("running_var").tolist() == pytest.approx([0.9] * 3)
+
+
 class OwnNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).relu()

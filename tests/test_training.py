@@ -584,3 +584,20 @@ def test_a_batch_that_is_no_pair_of_images_and_class_numbers_is_refused(
             step(state, batch)
     with pytest.raises(ValueError, match=message):
         training.evaluate(model, state.params, state.batch_stats, [batch])
+
+
+def test_a_model_that_puts_out_more_than_logits_is_refused(generator: Generator) -> None:
+    class Pair(nn.Linear):
+        def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+            output = super().forward(input)
+            return output, output
+
+    model, optimizer = hf.hyperize(Pair(16, 16), targets="weight", z_dim=4), optim.adam(0.1)
+    state = training.init_state(model, optimizer, generator)
+    batch = torch.zeros(2, 16), torch.arange(2)
+    with pytest.raises(
+        ValueError, match="model: its output is a tuple, expected one tensor of logits; .* by make_step"
+    ):
+        training.make_train_step(model, optimizer)(state, batch)
+    with pytest.raises(ValueError, match="model: its output is a tuple"):
+        training.evaluate(model, state.params, state.batch_stats, [batch])
