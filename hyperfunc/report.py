@@ -14,11 +14,11 @@ from hyperfunc._version import __version__
 from hyperfunc.build import count_ordinary, describe_network
 from hyperfunc.config import DEFAULT_PROJECT
 from hyperfunc.console import Printer
-from hyperfunc.curves import Painter
 from hyperfunc.exits import AFTER_SIGNAL
 from hyperfunc.files import beside, free_number, numbered, remove_leftovers
 from hyperfunc.histogram import histograms
 from hyperfunc.journal import Journal, Row
+from hyperfunc.painter import Painter
 from hyperfunc.run import Run
 from hyperfunc.tracking import PATIENCE_SECONDS, Tracker
 from hyperfunc.tree import num_params

@@ -78,7 +78,7 @@ def run(
 
 def drawing(drawn: bool) -> contextlib.AbstractContextManager[Any]:
     """A context in which runs in this process draw their curves, or do not."""
-    return contextlib.nullcontext() if drawn else mock.patch("hyperfunc.curves.RESTARTS", 0)
+    return contextlib.nullcontext() if drawn else mock.patch("hyperfunc.painter.RESTARTS", 0)
 
 
 def _start(command: Sequence[str], cwd: Path, env: Mapping[str, str], output: int, errors: int, *, drawn: bool) -> Any:

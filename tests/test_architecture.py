@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "flags": {"exits"},
     "console": set(),
     "curves": set(),
+    "painter": {"curves", "interrupt"},
     "environment": set(),
     "precision": set(),
     "launch": {"exits"},
@@ -62,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "run": {"tree", "distributed", "precision", "data", "optim", "model", "training", "flags", "config"},
     "build": {"tree", "precision", "optim", "model", "config"},
     "report": {
-        *("tree", "exits", "files", "_version", "console", "curves", "histogram", "journal", "tracking"),
+        *("tree", "exits", "files", "_version", "console", "painter", "histogram", "journal", "tracking"),
         *("config", "run", "build"),
     },
     "run_file": {

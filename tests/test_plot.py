@@ -22,8 +22,9 @@ from PIL import Image
 from torch import nn
 
 import hyperfunc as hf
-from hyperfunc import checkpoint, curves, journal, plot
-from hyperfunc.curves import Painter
+from hyperfunc import checkpoint, curves, journal, painter, plot
+from hyperfunc.interrupt import SIGNALS
+from hyperfunc.painter import Painter
 
 CURVES = ROOT / "hyperfunc" / "curves.py"
 
@@ -271,7 +272,7 @@ def test_signals_that_reach_all_processes_do_not_stop_the_drawing(watched: Watch
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
     # At once, while it starts, and once it is at work.
     for path in ("b.png", "c.png"):
-        for number in curves.HIDDEN:
+        for number in SIGNALS:
             os.kill(watched.pid, number)
         watched.wait_for_answer()
         watched.paint(make_rows(2), tmp_path / path)
@@ -303,11 +304,11 @@ def test_processes_that_die_at_once_are_given_up(
     program.write_text(f"#!/bin/sh\necho >>{tmp_path}/starts\nexit 3\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    for _ in range(curves.RESTARTS + 2):
+    for _ in range(painter.RESTARTS + 2):
         watched.paint(make_rows(1), tmp_path / "a.png")
         assert wait_until(lambda: watched.painter._process is None or is_gone(watched.pid))
     watched.painter.close(5)
-    assert (tmp_path / "starts").read_text().count("\n") == curves.RESTARTS
+    assert (tmp_path / "starts").read_text().count("\n") == painter.RESTARTS
     assert watched.warnings == [
         "the curves are not drawn: the process that draws them ended (exit code 3); training goes on"
     ]
@@ -419,8 +420,9 @@ def test_no_module_of_the_package_or_of_the_working_folder_gets_in_the_way(
 
 def test_the_process_ends_with_its_parent_however_that_ends(tmp_path: Path) -> None:
     program = (
-        "import runpy, time\n"
-        f"painter = runpy.run_path({str(CURVES)!r})['Painter'](print)\n"
+        "import time\n"
+        "from hyperfunc.painter import Painter\n"
+        "painter = Painter(print)\n"
         f"painter.paint([{{'epoch': 1, 'test/loss': 1.0}}], '', {str(tmp_path / 'a.png')!r})\n"
         "print(painter._process.pid, flush=True)\n"
         "time.sleep(60)\n"
