@@ -1,6 +1,8 @@
 """Checks of arguments, and the words for what is wrong with them."""
 
 import operator
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 
@@ -23,3 +25,9 @@ def some(parts: list[str], most: int = 8, between: str = ", ") -> str:
     """As many of them as one can read, and how many more there are."""
     more = [f"and {len(parts) - most} more"] if len(parts) > most else []
     return between.join(parts[:most] + more)
+
+
+def matching(names: Iterable[str], pattern: str) -> set[str]:
+    """Those of the names that a glob pattern fits. A name itself fits no other, whatever characters are in it."""
+    names = set(names)
+    return {pattern} if pattern in names else {name for name in names if fnmatchcase(name, pattern)}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,7 +28,7 @@ from hyperfunc.hypernet import HyperNetParams, init_embeddings, root_mean_square
 from hyperfunc.model import BatchStats, Model, Params, check_model
 from hyperfunc.primary import check_module, check_values, one_thread_at_a_time
 from hyperfunc.randomness import Seed, as_traced, fold_in
-from hyperfunc.vmap_rules import autocast_under_vmap, batch_norm
+from hyperfunc.vmap_rules import VmapRules, autocast_under_vmap, batch_norm
 
 
 class Encoder(NamedTuple):
@@ -173,7 +174,10 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
 
     def mix(params: ConditionalParams, code: Float[Tensor, "code"]) -> Params:
         tables = params.model.embeddings
-        mixed = {key: torch.einsum("k,kuz->uz", code.to(table.dtype), table) for key, table in tables.items()}
+        # Back to the type of the tables, by which norms and biases stay what they are under autocast.
+        mixed = {
+            key: torch.einsum("k,kuz->uz", code.to(table.dtype), table).to(table.dtype) for key, table in tables.items()
+        }
         # Not _replace, which torch.compile cannot trace in torch 2.7.
         return Params(params.model.generator, mixed, params.model.primary)
 
@@ -284,12 +288,14 @@ def bounded(low: Sequence[float], high: Sequence[float]) -> Encoder:
 def encoder_recipe(encoder: Encoder) -> dict[str, Any] | None:
     """The function that made an encoder, `table` or `bounded`, and its arguments, as JSON can hold them: what a file
     needs to make it again. None for one that is made of code."""
-    return getattr(encoder.apply, "_recipe", None)
+    function, recipe = getattr(encoder.apply, "_recipe", (None, None))
+    return recipe if function is encoder.apply else None
 
 
 def _described(apply: Callable[[Any, Tensor], Tensor], code_dim: int, **recipe: Any) -> Encoder:
-    """An encoder without parameters; its recipe stands at the function, so that no other function inherits it."""
-    vars(apply)["_recipe"] = recipe
+    """An encoder without parameters. Its recipe stands at the function, and names it: one that wraps it gets a copy of
+    what stands there."""
+    vars(apply)["_recipe"] = apply, recipe
     return Encoder(lambda _generator: {}, apply, code_dim)
 
 
@@ -334,7 +340,7 @@ def from_module(module: nn.Module, code_dim: int) -> Encoder:
     def apply(params: Mapping[str, Tensor], conditions: Tensor) -> Any:
         constants = ready[conditions.device] if conditions.device in ready else tree.to(buffers, conditions.device)
         try:
-            with locked():
+            with VmapRules() if tree.is_mapped((params, conditions)) else nullcontext(), locked():
                 return functional_call(skeleton, {**params, **constants}, (conditions,), strict=True)
         except torch.OutOfMemoryError:
             raise
@@ -470,7 +476,9 @@ def _check_one_a_sample(conditions: Tensor, args: tuple[Any, ...], kwargs: Mappi
             "conditions: got a single number, expected one condition a sample, stacked along the first dimension; "
             "for one condition for all samples use apply"
         )
-    others = [type(arg).__name__ for arg in args if not isinstance(arg, (Tensor, tuple, list, dict))]
+    if not len(conditions):
+        raise ValueError("conditions: got none, expected one or more; apply takes a batch without samples")
+    others = [type(leaf).__name__ for leaf in tree.leaves(args) if not isinstance(leaf, Tensor)]
     if others:
         raise ValueError(
             f"args: got {', '.join(others)} by position, expected tensors there, with one entry a sample; give by "

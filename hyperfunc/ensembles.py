@@ -106,10 +106,11 @@ def ensemble(model: Model, n: int) -> Ensemble:
 
     def predict(params: Params, batch_stats: BatchStats, *args: Any, **kwargs: Any) -> Float[Tensor, "n classes"]:
         logits, _ = apply(params, batch_stats, *args, train=False, **kwargs)
-        if logits.dim() != 3 or logits.shape[2] < 2:
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[2] < 2:
+            what = tuple(logits.shape[1:]) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise ValueError(
-                f"predict: got outputs of shape {tuple(logits.shape[1:])} from each member, expected (n, classes) with "
-                "two classes or more; the mean of other outputs is apply(..., train=False)[0].mean(0)"
+                f"predict: got {what} from each member, expected logits of shape (n, classes), of two classes or more; "
+                "of other outputs take the mean over the first dimension of what apply(..., train=False) gives"
             )
         return logits.softmax(dim=-1).mean(dim=0)
 

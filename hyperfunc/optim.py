@@ -7,7 +7,6 @@ into a compiled or captured step.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hyperfunc import tree
-from hyperfunc.arguments import some
+from hyperfunc.arguments import matching, some
 
 Names = str | Iterable[str] | Callable[[str], bool]
 """Leaves of a pytree: glob patterns of their paths, as `tree.named_leaves` gives them, or a predicate on a path."""
@@ -283,14 +282,15 @@ def frozen(optimizer: Optimizer, names: Names) -> Optimizer:
     # Of strings alone, so that torch.compile, which cannot trace the matching of patterns, need not.
     @torch.compiler.assume_constant_result
     def stays(paths: tuple[str, ...]) -> tuple[bool, ...]:
+        fixed = {path for path in paths if names(path)} if callable(names) else set[str]()
         for pattern in patterns:
-            if not any(fnmatchcase(path, pattern) for path in paths):
+            if not (matched := matching(paths, pattern)):
                 raise ValueError(
                     f"names: no parameter is called {pattern!r}, expected a path or glob pattern of these: "
                     f"{some(list(paths))}"
                 )
-        matches = names if callable(names) else lambda path: any(fnmatchcase(path, pattern) for pattern in patterns)
-        found = tuple(bool(matches(path)) for path in paths)
+            fixed |= matched
+        found = tuple(path in fixed for path in paths)
         if not any(found):
             raise ValueError(f"names: got {names!r}, which freezes none of these: {some(list(paths))}")
         if all(found):

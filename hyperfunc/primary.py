@@ -4,6 +4,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import CellType
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ def check_module(module: Any) -> None:
         raise ValueError(f"module: got {_kind(module)}, expected an instance of torch.nn.Module")
     registered = {id(parameter): f"the parameter {name}" for name, parameter in module.named_parameters()}
     registered |= {id(buffer): f"the buffer {name}" for name, buffer in module.named_buffers()}
+    parts = {id(part) for part in module.modules() if any(True for _ in _named_tensors(part))} | registered.keys()
     for path, layer in module.named_modules():
         place = f"module: {path or 'it'} ({type(layer).__name__})"
         _check_wrapper(place, layer)
         _check_plain_tensors(f"{path}." if path else "", layer, registered)
+        _check_closures(f"{path}." if path else "", layer, parts)
         if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.max_norm is not None:
             raise ValueError(
                 f"{place} has max_norm={layer.max_norm}, by which a lookup writes into its own weight, a parameter; "
@@ -98,7 +101,7 @@ def check_state_dict(module: nn.Module, state_dict: Any, name: str = "state_dict
         if type(layer).get_extra_state is not nn.Module.get_extra_state
     }
     given = {first[path] for path in known if path in state_dict}
-    needed = {first[path] for path in known.keys() - _not_persistent(module)}
+    needed = {first[path] for path in known.keys() - not_persistent(module)}
     differences = [f"{path} is missing" for path in sorted(needed - given)]
     for path, value in state_dict.items():
         if path in extra:
@@ -161,8 +164,25 @@ def with_values(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
 def one_thread_at_a_time() -> Callable[[], AbstractContextManager[object]]:
     """Makes a function that gives the context for a `functional_call` of one module, which holds the values while it
     runs: another thread would compute with these. A traced call computes with nothing, and locks nothing."""
-    lock = threading.RLock()
+    lock = _Lock()
     return lambda: nullcontext() if torch.compiler.is_compiling() else lock
+
+
+class _Lock:
+    """A lock that a thread may take again, and of which a copy or a pickle is another lock: models are sent to other
+    processes by programs that pickle functions."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> Any:
+        return _Lock, ()
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -204,6 +224,26 @@ def _check_plain_tensors(prefix: str, layer: nn.Module, registered: Mapping[int,
                 )
 
 
+def _check_closures(prefix: str, layer: nn.Module, parts: set[int]) -> None:
+    """Raises a ValueError where a function that the layer keeps, or a hook, closes over one of the `parts`, which have
+    parameters or are some: functions are not copied, so that it would go on with those of the original."""
+    for attribute, value in vars(layer).items():
+        for function in value.values() if isinstance(value, dict) else (value,):
+            for held in getattr(function, "__closure__", None) or ():
+                if id(_content(held)) in parts:
+                    raise ValueError(
+                        f"module: {prefix}{attribute} is or holds a function that closes over a part of the module, "
+                        "where apply cannot replace parameters; make it a method, which finds them in self"
+                    )
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return None
+
+
 def _tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
@@ -212,7 +252,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
             yield from _tensors_in(part)
 
 
-def _not_persistent(module: nn.Module) -> set[str]:
+def not_persistent(module: nn.Module) -> set[str]:
     """The buffers that no state_dict holds.
 
     They are not asked of state_dict() itself, which calls the module's own code, and that may want values, where the

@@ -84,6 +84,8 @@ class Seeded(TorchFunctionMode):
         if seeded_form is not None and kwargs.get("generator") is None:
             kwargs = {name: value for name, value in kwargs.items() if name != "generator"}
             return seeded_form(self, func, *args, **kwargs)
+        if func in _EMPTY and tree.is_mapped(self.state):
+            return _mapped_like(self.state, func(*args, **kwargs))
         if func in _RECURRENT and _drops_between_layers(args):
             raise ValueError("seed: the dropout inside of a recurrent layer cannot be seeded; set its dropout to 0")
         if func in _REFUSED and kwargs.get("generator") is None:
@@ -125,7 +127,8 @@ def _rate_of(layer: nn.Module) -> float:
         rate = getattr(layer, "drop_prob", None)
         return float(rate) if isinstance(rate, (int, float)) else 0.0
     if isinstance(layer, nn.modules.dropout._DropoutNd) or type(layer).__name__ == "StochasticDepth":
-        return float(layer.p)  # pyright: ignore[reportArgumentType]
+        rate = getattr(layer, "p", None)
+        return float(rate) if isinstance(rate, (int, float)) else 0.0
     if isinstance(layer, nn.RNNBase):
         return layer.dropout if layer.num_layers > 1 else 0.0  # it is between layers
     if isinstance(layer, nn.MultiheadAttention):
@@ -178,6 +181,10 @@ def _dropout(
     mode: Seeded, func: Callable[..., Any], input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Tensor:
     return _drop(mode, input, input.shape, p, training, inplace)
+
+
+def _torch_dropout(mode: Seeded, func: Callable[..., Any], input: Tensor, p: float, train: bool) -> Tensor:
+    return _drop(mode, input, input.shape, p, train, False)
 
 
 def _feature_dropout(
@@ -250,7 +257,11 @@ def _attention(
         scores = scores.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    weights = scores.softmax(dim=-1)
+    if attn_mask is not None:  # by which a query may have nothing to look at; torch then gives zeros
+        nothing = scores.isneginf().all(dim=-1, keepdim=True)
+        weights = scores.masked_fill(nothing, 0.0).softmax(dim=-1).masked_fill(nothing, 0.0)
+    else:
+        weights = scores.softmax(dim=-1)
     return _drop(mode, weights, weights.shape, dropout_p, True, False) @ value
 
 
@@ -271,8 +282,8 @@ def _rrelu(
     return input.copy_(output) if inplace else output
 
 
-def _rand(mode: Seeded, func: Callable[..., Any], *size: Any, **kwargs: Any) -> Tensor:
-    return _fill(mode, func, torch.empty(*size, **kwargs), kwargs.get("out"))
+def _rand(mode: Seeded, func: Callable[..., Any], *size: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
+    return _fill(mode, func, (torch.empty if out is None else out.new_empty)(*size, **kwargs), out)
 
 
 def _rand_like(mode: Seeded, func: Callable[..., Any], input: Tensor, **kwargs: Any) -> Tensor:
@@ -305,16 +316,26 @@ def _fractional_pool(mode: Seeded, func: Callable[..., Any], input: Tensor, *arg
     return func(input, *args, **kwargs)
 
 
-def _bernoulli(mode: Seeded, func: Callable[..., Any], input: Tensor, p: Any = None, **kwargs: Any) -> Tensor:
+def _mapped_like(seed: Tensor, made: Tensor) -> Tensor:
+    """A new tensor with room for what each member of a mapped seed draws; numbers that count stay as they are."""
+    return tree.mapped_with(made, seed) if made.is_floating_point() or made.dtype == torch.bool else made
+
+
+def _bernoulli(
+    mode: Seeded, func: Callable[..., Any], input: Tensor, p: Any = None, *, out: Tensor | None = None
+) -> Tensor:
     chance = input if p is None else p
-    return (mode.uniform(input.shape, input.device) < chance).to(input.dtype)
+    drawn = (mode.uniform(input.shape, input.device) < chance).to(input.dtype)
+    return drawn if out is None else out.copy_(drawn)
 
 
 def _bernoulli_(mode: Seeded, func: Callable[..., Any], input: Tensor, p: Any = 0.5, **kwargs: Any) -> Tensor:
     return input.copy_(mode.uniform(input.shape, input.device) < p)
 
 
-def _uniform_(mode: Seeded, func: Callable[..., Any], input: Tensor, a: float = 0.0, b: float = 1.0) -> Tensor:
+def _uniform_(mode: Seeded, func: Callable[..., Any], input: Tensor, *bounds: float, **named: float) -> Tensor:
+    """Its bounds are called `from`, which is no name in Python, and `to`."""
+    a, b = (*bounds, *(named.get(name, default) for name, default in (("from", 0.0), ("to", 1.0))[len(bounds) :]))
     return input.copy_(a + (b - a) * mode.uniform(input.shape, input.device, input.dtype))
 
 
@@ -324,7 +345,7 @@ def _normal_(mode: Seeded, func: Callable[..., Any], input: Tensor, mean: float 
 
 _SEEDED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.dropout: _dropout,
-    torch.dropout: _dropout,
+    torch.dropout: _torch_dropout,
     F.dropout1d: _feature_dropout,
     F.dropout2d: _feature_dropout,
     F.dropout3d: _feature_dropout,
@@ -346,6 +367,13 @@ _SEEDED: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.uniform_: _uniform_,
     Tensor.normal_: _normal_,
 }
+
+_EMPTY = {
+    *(torch.empty, torch.zeros, torch.ones, torch.full),
+    *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like),
+    *(Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
+}
+"""What makes a tensor that may be filled with random numbers later."""
 
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
@@ -371,6 +399,7 @@ _REFUSED = (
     torch.rrelu_,
     F.rrelu_,
     F.gumbel_softmax,
+    *(nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_),
     Tensor.multinomial,
     Tensor.exponential_,
     Tensor.random_,

@@ -11,6 +11,7 @@ from hyperfunc import tree
 from hyperfunc.conditions import Conditional, ConditionalParams
 from hyperfunc.ensembles import Ensemble
 from hyperfunc.model import BatchStats, Model, Params, check_model
+from hyperfunc.primary import not_persistent
 from hyperfunc.randomness import drawing_layers
 
 Place = tuple[nn.Module, str]
@@ -48,11 +49,11 @@ class Stateful(nn.Module):
             holder, name = _place(self.params, path)
             holder.register_parameter(name, nn.Parameter(leaf.detach().clone(), requires_grad=trains))
             self._parameter_places.append((holder, name))
-        saved = primary.state_dict().keys()
+        not_saved = not_persistent(primary)
         self._buffer_places: list[Place] = []
         for path, leaf in tree.named_leaves(batch_stats).items():
             holder, name = _place(self.batch_stats, path)
-            holder.register_buffer(name, leaf.detach().clone(), persistent=path in saved)
+            holder.register_buffer(name, leaf.detach().clone(), persistent=path not in not_saved)
             self._buffer_places.append((holder, name))
         _, self._like_params = tree.flatten(params)
         _, self._like_stats = tree.flatten(batch_stats)

@@ -2,13 +2,12 @@
 
 import difflib
 from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from hyperfunc.arguments import some
+from hyperfunc.arguments import matching, some
 from hyperfunc.layers import is_linear_map, is_weight, kernel_of
 from hyperfunc.tiling import Kernel
 
@@ -124,7 +123,7 @@ def _matches(module: nn.Module, uses: dict[str, list[Use]], target: Target) -> s
     if isinstance(target, str):
         # A tied parameter may be named by any of its names.
         first = {use.name: name for name, places in uses.items() for use in places}
-        found = {first[name] for name in first if name == target or fnmatchcase(name, target)}
+        found = {first[name] for name in matching(first, target)}
         if not found:
             near = [name for name in first if name.startswith(f"{target}.")][:3]  # where it names a layer
             near = near or difflib.get_close_matches(target, first, n=3, cutoff=0.4)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -109,7 +110,8 @@ def clone(tree: Tree) -> Tree:
     """A copy that shares no memory with the original. Its leaves are parts of a few vectors: copying costs an operation
     for each of those, and not one a leaf."""
     values, rebuild = flatten(tree)
-    if torch.compiler.is_compiling() or any(_is_functorch_wrapped(leaf) or leaf.requires_grad for leaf in values):
+    has_tangents = forward_ad._current_level >= 0
+    if torch.compiler.is_compiling() or has_tangents or not all(_is_plain(leaf) for leaf in values):
         return map(torch.clone, tree)
     # Views of one vector would share a count of what is written into it, by which autograd would refuse a leaf that it
     # has stored after another has been written.
@@ -191,7 +193,8 @@ def describe(leaf: Tensor, *, any_length: bool = False) -> str:
 
 def is_readable(leaf: Tensor) -> bool:
     """Whether its values can be looked at for nothing: it is on the CPU, and neither transformed nor traced."""
-    return leaf.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_functorch_wrapped(leaf)
+    is_transformed = _functorch.is_functorch_wrapped_tensor(leaf)
+    return leaf.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed
 
 
 def is_differentiated(tree: Any) -> bool:
@@ -258,8 +261,10 @@ def _is_equal(leaf: Any, other: Any) -> bool:
     return leaf is other or (type(leaf) is type(other) and (leaf == other) is True)
 
 
-def _is_functorch_wrapped(leaf: Tensor) -> bool:
-    return _functorch.is_functorch_wrapped_tensor(leaf)
+def _is_plain(leaf: Tensor) -> bool:
+    """Whether it is numbers in memory and no more: of no transform, without a gradient, and not sparse."""
+    is_wrapped = _functorch.is_functorch_wrapped_tensor(leaf)
+    return not is_wrapped and not leaf.requires_grad and leaf.layout is torch.strided
 
 
 def _is_mapped(leaf: Tensor) -> bool:

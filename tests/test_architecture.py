@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "ensembles": {"tree", "arguments", "model", "optim", "training", "vmap_rules"},
     "model_file": {"arguments", "checkpoint", "model", "conditions", "ensembles"},
-    "stateful": {"tree", "conditions", "ensembles", "model", "randomness"},
+    "stateful": {"tree", "primary", "conditions", "ensembles", "model", "randomness"},
     "population": {"tree", "data", "exits", "interrupt", "training"},
     "sweep": {"files", "flags"},
     "config": {"flags", "hypernet", "launch", "precision", "residual", "tracking", "data", "training", "sweep"},

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -452,3 +453,43 @@ def test_parameters_of_a_model_without_conditions_are_refused(generator: Generat
         ValueError, match="params: got a Params, expected the ConditionalParams of the conditional model"
     ):
         model.apply(*base.init(generator), torch.tensor(0), torch.ones(2, 3, 8, 8), train=False)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("layer", [nn.GRU, nn.LSTM])
+def test_a_recurrent_encoder_is_mapped(layer: Callable[..., nn.Module], generator: Generator) -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer(3, 8, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)[0][:, -1]
+
+    model = hf.conditional(hf.hyper_resnet(10, z_dim=4), conditions.from_module(Last(), 8))
+    params, _ = model.init(generator)
+    sequences = torch.randn(4, 6, 3, generator=generator)
+    mapped = torch.vmap(model.kernels, in_dims=(None, 0))(params, sequences)
+    for name, kernel in model.kernels(params, sequences[2]).items():
+        torch.testing.assert_close(mapped[name][2], kernel)
+
+
+def test_under_autocast_generated_norms_keep_their_type(generator: Generator) -> None:
+    layers = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 4, 3)
+    base = hf.hyperize(nn.Sequential(*layers), targets=["1.weight", "1.bias", "2.weight"], z_dim=4)
+    model = hf.conditional(base, conditions.table(2))
+    params, batch_stats = model.init(generator)
+    images = torch.randn(2, 3, 9, 9, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        kernels = model.kernels(params, torch.tensor(1))
+        output, _ = model.apply(params, batch_stats, torch.tensor(1), images, train=True)
+    assert [kernels[name].dtype for name in ("1.weight", "2.weight")] == [torch.float32, torch.bfloat16]
+    assert output.dtype == torch.bfloat16
+
+
+def test_no_conditions_are_refused(generator: Generator) -> None:
+    model = hf.conditional(hf.hyper_resnet(10, z_dim=4), conditions.table(2))
+    params, batch_stats = model.init(generator)
+    none, images = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, 32, 32)
+    with pytest.raises(ValueError, match="conditions: got none, expected one or more"):
+        model.apply_each(params, batch_stats, none, images, train=False)

@@ -1,4 +1,5 @@
 import copy
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,25 @@ def test_an_encoder_that_was_changed_is_not_taken_for_the_one_that_it_was(tmp_pa
     hf.save(tmp_path / "model", model, *model.init(generator))
     with pytest.raises(ValueError, match="encoder: got none, and a file holds no code"):
         hf.load_conditional(tmp_path / "model")
+
+
+def test_an_encoder_that_wraps_another_is_not_taken_for_it(tmp_path: Path, generator: Generator) -> None:
+    table = conditions.table(3)
+    wrapped = functools.wraps(table.apply)(lambda params, tasks: table.apply(params, tasks) + 0.5)
+    model = hf.conditional(hf.hyper_resnet(10, z_dim=4), hf.Encoder(table.init, wrapped, 3))
+    hf.save(tmp_path / "model", model, *model.init(generator))
+    with pytest.raises(ValueError, match="encoder: got none, and a file holds no code"):
+        hf.load_conditional(tmp_path / "model")
+
+
+def test_a_name_with_the_characters_of_a_pattern_comes_back(tmp_path: Path, generator: Generator) -> None:
+    def net() -> nn.Module:
+        return nn.ModuleDict({"a*": nn.Linear(16, 16), "ab": nn.Linear(16, 16), "c": nn.Linear(16, 16)})
+
+    model = hf.hyperize(net(), targets=lambda name, _: name == "a*.weight", z_dim=4)
+    assert model.tiling.names == ("a*.weight",)
+    hf.save(tmp_path / "model", model, *model.init(generator))
+    assert hf.load(tmp_path / "model", net())[0].tiling == model.tiling
 
 
 def test_an_ensemble_comes_back(tmp_path: Path, generator: Generator) -> None:

@@ -55,6 +55,40 @@ def trained() -> Trained:
     return model, params, batch_stats, images, labels
 
 
+class Closing(nn.Module):
+    """Keeps a function over the module itself, in one of several ways."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.a, self.b, self.act = nn.Linear(16, 16), nn.Linear(16, 16), nn.ReLU()
+        if kind == "attribute":
+            self.middle = lambda x: self.b(x)
+        elif kind == "hook":
+            self.a.register_forward_hook(lambda _module, _input, output: self.b(output))
+        elif kind == "parameter":
+            weight = self.b.weight
+            self.middle = lambda x: x @ weight
+        elif kind == "harmless":
+            act, seen = self.act, []
+            self.middle = lambda x: act(x) * len(seen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.a(x))
+
+
+@pytest.mark.parametrize("kind", ["attribute", "hook", "parameter"])
+def test_a_function_over_a_part_of_the_module_is_refused(kind: str) -> None:
+    """It would go on with the parameters of the original, and train nothing without a word."""
+    with pytest.raises(
+        ValueError, match=r"module: .* holds a function that closes over a part of the module, .* method"
+    ):
+        hf.hyperize(Closing(kind), targets="b.weight")
+
+
+def test_a_function_over_what_has_no_parameters_is_taken() -> None:
+    hf.hyperize(Closing("harmless"), targets="b.weight")
+
+
 def test_a_materialized_network_may_be_given_by_any_name_and_needs_all_buffers(generator: Generator) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

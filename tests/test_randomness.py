@@ -10,8 +10,10 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 import hyperfunc as hf
-from hyperfunc import optim, training, tree
+from hyperfunc import ensembles, optim, training, tree
 from hyperfunc.randomness import Seeded, _state, drawing_layers, fold_in
+
+DROPPING = nn.GRU(3, 3, 2, dropout=0.5)
 
 
 def model_with_dropout() -> hf.Model:
@@ -224,7 +226,8 @@ def test_attention_with_dropout_is_attention_on_dropped_weights() -> None:
     [
         (lambda: torch.randint(3, (2,)), "calls torch's randint, which draws from the global generator"),
         (lambda: torch.ones(3).exponential_(), "calls torch's exponential_"),
-        (lambda: nn.GRU(3, 3, 2, dropout=0.5)(torch.ones(2, 1, 3)), "inside of a recurrent layer cannot be seeded"),
+        (lambda: nn.init.normal_(torch.ones(3)), "calls torch's normal_"),
+        (lambda: DROPPING(torch.ones(2, 1, 3)), "inside of a recurrent layer cannot be seeded"),
     ],
 )
 def test_what_cannot_be_seeded_is_refused(draw: object, message: str) -> None:
@@ -302,6 +305,56 @@ def test_uniform_numbers_stay_below_one_in_any_type(dtype: torch.dtype) -> None:
         assert 0 <= draw.min() <= 0.01
         assert 0.99 <= draw.max() < 1
         assert draw.double().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_query_that_may_look_at_nothing_gets_zeros_as_from_torch() -> None:
+    query, key, value = (torch.randn(2, 4, 6, 8, dtype=torch.float64) for _ in range(3))
+    mask = torch.ones(6, 6, dtype=torch.bool).tril(-1)  # the first query sees nothing
+
+    def attend(query: Tensor) -> Tensor:
+        with Seeded(1):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=1e-12)
+
+    torch.testing.assert_close(attend(query), F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
+    gradient = torch.func.grad(lambda query: attend(query).square().sum())(query)
+    assert gradient.isfinite().all()
+    assert gradient[..., 1:, :].any()
+
+
+class Drawing(nn.Module):
+    """Draws in each of the ways that fill a tensor made before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.distributions.Normal(0.0, 1.0).rsample(x.shape)
+        signs = torch.empty(x.shape, dtype=torch.bool).bernoulli_(0.5)
+        filled = torch.rand(x.shape, out=torch.empty(x.shape)) + torch.bernoulli(x.sigmoid(), out=torch.zeros_like(x))
+        bounded = x.new_empty(x.shape).uniform_(0, to=2) + torch.dropout(x, 0.5, train=self.training)
+        return torch.where(signs, x, -x) + noise + filled + bounded + StochasticDepth(0.5, "row")(x)
+
+
+def test_what_is_filled_with_numbers_of_a_mapped_seed_is_each_members_own() -> None:
+    model = hf.hyperize(nn.Sequential(nn.Linear(16, 16), Drawing(), nn.Linear(16, 16)), targets="0.weight", z_dim=4)
+    params, batch_stats = model.init(torch.Generator().manual_seed(0))
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+
+    def run(seed: Tensor | int) -> Tensor:
+        return model.apply(params, batch_stats, x, train=True, seed=seed)[0]
+
+    mapped = torch.vmap(run)(torch.arange(3))
+    for seed in range(3):
+        torch.testing.assert_close(mapped[seed], run(seed))
+    assert not torch.allclose(mapped[0], mapped[1])
+    members = hf.ensemble(model, 2)
+    step = ensembles.map_step(training.make_train_step(model, optim.adam(0.1), seed=0))
+    state = ensembles.init_state(members, optim.adam(0.1), torch.Generator().manual_seed(0))
+    assert step(state, (x, torch.arange(5)))[1].loss.isfinite().all()
+
+
+def test_a_class_that_has_only_the_name_of_a_layer_that_draws_is_taken() -> None:
+    class StochasticDepth(nn.Module):
+        pass
+
+    assert drawing_layers(nn.Sequential(StochasticDepth())) == []
 
 
 def test_what_torch_can_be_asked_of_a_draw_is_done() -> None:

@@ -197,3 +197,26 @@ def test_bad_input(generator: Generator) -> None:
         hf.as_module(model, params, batch_stats)(torch.ones(2, 3, 8, 8), train=False)
     with pytest.raises(ValueError, match="params: got a NoneType at primary, expected tensors at the leaves"):
         as_module(model, params._replace(primary=None), batch_stats)
+
+
+def test_what_is_saved_is_not_asked_of_the_modules_own_code(generator: Generator) -> None:
+    """Which may rename what it gives, and read values that a module on the meta device has not."""
+
+    class Own(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 16))
+            self.register_buffer("scratch", torch.zeros(2), persistent=False)
+            self._register_state_dict_hook(
+                lambda _self, found, prefix, _local: [
+                    found.__setitem__(f"own.{name}", found.pop(name)) for name in list(found) if name.startswith("1.")
+                ]
+            )
+
+        def get_extra_state(self) -> float:
+            return float(next(self.parameters()).sum())
+
+    model = hf.hyperize(Own(), targets="2.weight", z_dim=4)
+    saved = hf.as_module(model, *model.init(generator)).state_dict()
+    assert {name for name in saved if name.startswith("batch_stats")} == {
+        f"batch_stats.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")
+    }

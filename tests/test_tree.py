@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import assert_trees_equal
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hyperfunc import tree
 
@@ -126,3 +127,16 @@ def test_another_dtype_leaves_integers_as_they_are() -> None:
     assert moved["step"] == 300
     copied = tree.to(values, torch.float64, copy=True)
     assert copied["step"] is not values["step"]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # by which torch makes its rules for tangents
+def test_a_clone_is_of_what_is_sparse_and_of_what_has_a_tangent_too() -> None:
+    dense, adjacency = torch.eye(3), torch.eye(3).to_sparse()
+    found = tree.clone({"dense": dense, "coo": adjacency, "csr": adjacency.to_sparse_csr()})
+    assert all(torch.equal(leaf.to_dense(), dense) for leaf in found.values())
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(dense, 2 * dense)
+        found = forward_ad.unpack_dual(tree.clone([dual, dense])[0]).tangent
+        assert found is not None
+        assert torch.equal(found, 2 * dense)
