@@ -193,8 +193,9 @@ def describe(leaf: Tensor, *, any_length: bool = False) -> str:
 
 def is_readable(leaf: Tensor) -> bool:
     """Whether its values can be looked at for nothing: it is on the CPU, and neither transformed nor traced."""
-    is_transformed = _functorch.is_functorch_wrapped_tensor(leaf)
-    return leaf.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed
+    if leaf.device.type != "cpu" or torch.compiler.is_compiling():  # which cannot trace the other question
+        return False
+    return not _functorch.is_functorch_wrapped_tensor(leaf)
 
 
 def is_differentiated(tree: Any) -> bool:
