@@ -165,7 +165,7 @@ def farewell(number: int, config: Config) -> str:
 
 def say_at_end(line: str) -> None:
     """Says why all ranks end, from whatever thread."""
-    os.write(2, f"train.py: {line}\n".encode())
+    os.write(2, f"train.py: {line}\n".encode(errors="backslashreplace"))
 
 
 def devices_of(config: Config) -> list[torch.device]:
@@ -475,10 +475,11 @@ def train(run: Run, interrupts: Interrupts, reporter: Reporter) -> population.Me
                     progress.batch += steps
                     by_clock = every.unit == "seconds" and time.monotonic() - run.saved_at >= every.number
                     order = run.ranks.agree(interrupts.received or (distributed.SAVE if by_clock else None))
-                    if order is not None and order != distributed.SAVE:
-                        raise Interrupted(order)
+                    # Before a stop too: what goes on after it reports on what comes then.
                     if progress.batch % config.report_every == 0 or progress.batch == run.batch_count:
                         report(run, rows, reporter, bars, pace)
+                    if order is not None and order != distributed.SAVE:
+                        raise Interrupted(order)
                     bars.move(progress.epoch, progress.batch)
                     by_batches = every.unit == "batches" and run.steps_done % every.number == 0
                     if order == distributed.SAVE or by_batches:

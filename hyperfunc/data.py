@@ -319,9 +319,9 @@ def _download(
 def _digits() -> Dataset:
     try:
         from sklearn.datasets import load_digits
-    except ImportError:
+    except ImportError as error:
         raise ValueError(
-            "dataset: 'digits' come with scikit-learn, which is not installed; pip install scikit-learn"
+            f"dataset: 'digits' come with scikit-learn, which cannot be imported ({error}); pip install scikit-learn"
         ) from None
     values, targets = load_digits(return_X_y=True)
     grey = torch.from_numpy(values).float().view(-1, 1, 8, 8) * (255 / 16)
@@ -435,6 +435,8 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):
         # 16 bits a pixel, which Pillow would clip to 255 and not scale.
         levels = np.asarray(picture, dtype=np.int64)
+        if picture.mode == "I" and picture.format == "TIFF":  # in a PNG it is what Pillow makes of 16 bits
+            raise ValueError("its pixels are 32-bit integers, whose range is unknown")
         if levels.min() < 0 or levels.max() > 0xFFFF:
             raise ValueError("its pixels have more than 16 bits")
         return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")

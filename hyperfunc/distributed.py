@@ -33,6 +33,11 @@ SAVE = -1
 """What ranks may agree to do besides ending by a signal, whose numbers are positive."""
 
 
+def _saved_key(path: str) -> str:
+    """In hexadecimal digits, because a store takes no text that UTF-8 does not hold, as a path may be."""
+    return f"saved/{os.fsencode(path).hex()}"
+
+
 def rank_of_environment() -> int | None:
     """This process's rank, as torchrun sets it; None where it was started by itself."""
     return int(os.environ["RANK"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
@@ -55,7 +60,7 @@ def device_index(visible: int) -> int:
 @contextlib.contextmanager
 def errors_once() -> Iterator[None]:
     """Of what every rank of a machine writes to standard error, lets through the first rank's alone."""
-    if local_rank() == 0:
+    if rank_of_environment() is None or local_rank() == 0:
         yield
     else:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -168,11 +173,11 @@ class Group:
 
     def note_saved(self, run: str, path: str) -> None:
         """Leaves with the launcher whose checkpoint is at a path, for ranks that it may start in place of these."""
-        self._job.set(f"saved/{path}", run)
+        self._job.set(_saved_key(path), run)
 
     def saved_run(self, path: str) -> str | None:
         """The id of the run that these ranks saved there before their launcher started them anew, or None."""
-        key = f"saved/{path}"
+        key = _saved_key(path)
         return self._job.get(key).decode() if self._job.check([key]) else None
 
     def asked(self) -> int | None:

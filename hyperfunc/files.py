@@ -148,10 +148,16 @@ def beside(path: Path, ending: str) -> Path:
     return path.with_name((path.stem if path.suffix in CHECKPOINT_ENDINGS else path.name) + ending)
 
 
+def _parts(path: Path) -> tuple[str, str]:
+    """A file's name before and from the first dot, but for one that hides it."""
+    end = path.name.find(".", 1)
+    return (path.name[:end], path.name[end:]) if end > 0 else (path.name, "")
+
+
 def numbered(path: Path, number: int) -> Path:
     """run.2.pth for run.pth, run.2.metrics.jsonl for run.metrics.jsonl."""
-    stem, dot, endings = path.name[1:].partition(".")  # the first character may be a dot that hides the file
-    return path.with_name(f"{path.name[0]}{stem}.{number}{dot}{endings}")
+    stem, endings = _parts(path)
+    return path.with_name(f"{stem}.{number}{endings}")
 
 
 def free_number(*paths: Path) -> int:
@@ -160,6 +166,14 @@ def free_number(*paths: Path) -> int:
     while any(numbered(path, number).exists() for path in paths):
         number += 1
     return number
+
+
+def all_numbered(path: Path) -> dict[int, Path]:
+    """The numbered files of `path` that there are, by number; some may be missing between others."""
+    stem, endings = _parts(path)
+    name = re.compile(rf"{re.escape(stem)}\.([0-9]+){re.escape(endings)}")
+    found = {other: name.fullmatch(other.name) for other in path.parent.iterdir()}
+    return dict(sorted((int(match[1]), other) for other, match in found.items() if match))
 
 
 def free_name(path: Path) -> Path:

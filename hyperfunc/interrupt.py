@@ -78,8 +78,9 @@ class Interrupts:
             if not self._deferred:
                 self.leave_word()
                 with contextlib.suppress(OSError):
-                    # Below a bar that may stand there.
-                    os.write(2, f"{os.linesep * os.isatty(2)}{self._farewell(number)}{os.linesep}".encode())
+                    # Below a bar that may stand there. A path in it may be one that UTF-8 does not hold.
+                    line = f"{os.linesep * os.isatty(2)}{self._farewell(number)}{os.linesep}"
+                    os.write(2, line.encode(errors="backslashreplace"))
                 exit_at_once(number)
             if self.received is None:
                 self.received, first_at = number, time.monotonic()

@@ -6,14 +6,15 @@ A report has the `step` and an epoch the `epoch` that it is about; a run that go
 is about to do again, and so has each once.
 """
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hyperfunc.files import beside, free_name, numbered, write_bytes
+from hyperfunc.files import all_numbered, beside, free_name, write_bytes
 
 Row = dict[str, Any]
 
@@ -114,18 +115,20 @@ def go_on(
         OSError: It cannot be written.
     """
     before: list[Row] = [{"kind": "start", "run": run}]
-    found_at = None
-    for candidate in _candidates(path):
+    found_at, left_out = None, 0
+    for candidate in (path, *all_numbered(path).values()):
         try:
             lines = _read_lines(candidate)
         except OSError:
             continue
         found = [row for row in lines if row is not None]
-        if run_of(found) == run:
-            before, found_at = found, candidate
-            if len(found) < len(lines):
-                warn(f"{candidate}: {len(lines) - len(found)} lines that are no rows of a journal were left out")
-            break
+        # Of its own that were moved aside the longest is the last; what stands at the path itself is newer still.
+        if run_of(found) == run and (found_at is None or len(found) > len(before)):
+            before, found_at, left_out = found, candidate, len(lines) - len(found)
+            if candidate == path:
+                break
+    if left_out:
+        warn(f"{found_at}: {left_out} lines that are no rows of a journal were left out")
     rows = until(before, step=step, epoch=epoch)
     known = {row["epoch"] for row in rows if row["kind"] == "epoch"}
     rows += [{"kind": "epoch", **row} for row in history if row["epoch"] not in known]
@@ -135,13 +138,13 @@ def go_on(
     return rows, before
 
 
-def _candidates(path: Path) -> Iterator[Path]:
-    """The journal's own name, and the numbered ones that there are."""
-    yield path
-    number = 1
-    while (other := numbered(path, number)).exists():
-        yield other
-        number += 1
+def number_of(path: Path, run: str) -> int | None:
+    """The number under which the journal of a run that stood at `path` is kept, if it is."""
+    for number, candidate in all_numbered(path).items():
+        with contextlib.suppress(OSError):
+            if run_of(row for row in _read_lines(candidate) if row is not None) == run:
+                return number
+    return None
 
 
 def run_of(rows: Iterable[Row]) -> str | None:

@@ -82,7 +82,8 @@ def check_batch_size(batch_size: int, ranks: int) -> None:
         return
     below, above = batch_size - batch_size % ranks, batch_size + ranks - batch_size % ranks
     sizes = " or ".join(str(size) for size in (below, above) if size)
-    counts = sorted((n for n in range(1, batch_size + 1) if batch_size % n == 0), key=lambda n: abs(n - ranks))[:2]
+    near = (n for n in range(1, min(batch_size, 2 * ranks) + 1) if batch_size % n == 0)
+    counts = sorted(near, key=lambda n: abs(n - ranks))[:2]
     raise ValueError(
         f"--batch-size: got {batch_size} for {ranks} ranks, expected a multiple of {ranks}, for example {sizes}; "
         f"or {' or '.join(map(str, sorted(counts)))} ranks"

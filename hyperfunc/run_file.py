@@ -116,7 +116,7 @@ def _write(run: Run, reporter: Reporter) -> None:
     }
     try:
         path.resolve().parent.mkdir(parents=True, exist_ok=True)
-        aside = run.aside if path.exists() and not run.owns_path else None
+        aside = _aside(path.resolve(), run.aside) if path.exists() and not run.owns_path else None
         try:
             checkpoint.save(path, trees, notes, keep_old_as=aside)
         except FileExistsError:
@@ -132,6 +132,17 @@ def _write(run: Run, reporter: Reporter) -> None:
         run.saved = False
         reporter.printer.warn(f"could not save {path}: {error}; trying again at the next occasion")
         reporter.event("not saved", reason=str(error), step=run.steps_done)
+
+
+def _aside(path: Path, otherwise: Path | None) -> Path | None:
+    """Where the earlier run's checkpoint goes: beside its journal, which a run that came to nothing in between may have
+    moved under another number."""
+    try:
+        earlier = checkpoint.load(path).notes["progress"]["run"]
+    except (OSError, ValueError, KeyError, TypeError):  # damaged, or not of a run
+        return otherwise
+    number = journal.number_of(journal.path_of(path), earlier)
+    return otherwise if number is None else numbered(path, number)
 
 
 def find(config: Config, ranks: distributed.Ranks) -> checkpoint.Checkpoint | None:

@@ -10,12 +10,12 @@ from helpers import ROOT
 from hyperfunc.interrupt import SIGNALS, Interrupts
 
 
-def run_program(body: str, *before: str) -> "subprocess.CompletedProcess[str]":
-    """Runs a program in which `signals` are entered and say their number in farewell."""
+def run_program(body: str, *before: str, farewell: str = "farewell {number}") -> "subprocess.CompletedProcess[str]":
+    """Runs a program in which `signals` are entered and say `farewell`, which may hold their number."""
     program = (
         "import ctypes, os, signal, sys, time\n"
         "from interrupt import Interrupts\n"
-        "with Interrupts(lambda number: f'farewell {number}') as signals:\n"
+        f"with Interrupts(lambda number: f'{farewell}') as signals:\n"
         + "".join(f"    {line}\n" for line in body.splitlines())
     )
     # From within the package, which would import torch first; and with all signals as they are by default, which they
@@ -43,6 +43,11 @@ def wait_for_signal(interrupts: Interrupts) -> int | None:
 def test_a_signal_ends_the_process_while_nothing_is_in_hand(number: int) -> None:
     done = run_program(f"os.kill(os.getpid(), {number})\ntime.sleep(30)\nprint('still here')")
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", f"farewell {int(number)}\n")
+
+
+def test_a_farewell_that_utf_8_does_not_hold_ends_the_process_too() -> None:
+    done = run_program("os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(30)", farewell=r"\udcff")
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "\\udcff\n")
 
 
 def test_a_signal_is_obeyed_while_the_main_thread_is_in_a_long_call_into_c() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hyperfunc import journal
-from hyperfunc.journal import Journal, go_on, read_rows, run_of, until, write_rows
+from hyperfunc.journal import Journal, go_on, number_of, read_rows, run_of, until, write_rows
 
 
 def rows_of_a_run(run: str = "r", epochs: int = 3) -> list[dict[str, Any]]:
@@ -91,6 +91,19 @@ def test_the_journal_is_found_again_after_a_run_that_came_to_nothing(tmp_path: P
     # It is copied: under that name it may by now be the journal of a run at run.1.pth.
     assert others == ["run.1.metrics.jsonl", "run.2.metrics.jsonl", "run.metrics.jsonl"]
     assert run_of(read_rows(tmp_path / "run.2.metrics.jsonl")) == "new"
+
+
+def test_of_several_that_were_moved_aside_the_longest_is_found(tmp_path: Path) -> None:
+    """With numbers missing between them, which other files of the run may have taken."""
+    path = tmp_path / "run.metrics.jsonl"
+    write_rows(path, rows_of_a_run("new", epochs=1))
+    for number, epochs in ((2, 1), (5, 3), (11, 2)):
+        write_rows(tmp_path / f"run.{number}.metrics.jsonl", rows_of_a_run("old", epochs=epochs))
+    write_rows(tmp_path / "runs.7.metrics.jsonl", rows_of_a_run("old", epochs=4))
+    _, before = go_on(path, "old", step=100, epoch=3, history=[], warn=pytest.fail)
+    assert before == rows_of_a_run("old", epochs=3)
+    assert number_of(path, "old") == 2
+    assert number_of(path, "nobody") is None
 
 
 def test_a_lost_or_foreign_journal_is_made_up_for_by_the_history(tmp_path: Path) -> None:

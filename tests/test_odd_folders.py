@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import RunHere, make_folder
 from PIL import Image
@@ -95,7 +96,13 @@ def cache_that_is_a_pickle(folder: Path) -> None:
     (folder / ".hyperfunc-32.safetensors").write_bytes(b"\x80\x04]q\x00.")
 
 
+def whole_numbers_of_32_bits(folder: Path) -> None:
+    """Nothing says whether 255 is their white."""
+    Image.fromarray(np.full((8, 8), 200, np.int32)).save(folder / "train/cat/a.tiff")
+
+
 REFUSED: dict[str, Spoil] = {
+    "whole numbers of 32 bits": whole_numbers_of_32_bits,
     **{f"empty {ending}": put(f"a.{ending}", b"") for ending in FORMATS},
     **{f"noise as {ending}": put(f"a.{ending}", bytes(range(256))) for ending in FORMATS},
     **{f"half a {ending}": put(f"a.{ending}", encoded(ending)[: len(encoded(ending)) // 2]) for ending in FORMATS},

@@ -324,6 +324,7 @@ def test_devices_are_numbers_or_ids(text: str) -> None:
     [
         (128, 3, "got 128 for 3 ranks, expected a multiple of 3, for example 126 or 129; or 2 or 4 ranks"),
         (1, 2, "got 1 for 2 ranks, expected a multiple of 2, for example 2; or 1 ranks"),
+        (999_999_999_999_999, 2, "got 999999999999999 for 2 ranks, .* or 1 or 3 ranks"),
         (100, 8, "got 100 for 8 ranks, expected a multiple of 8, for example 96 or 104; or 5 or 10 ranks"),
     ],
 )

@@ -2,15 +2,27 @@
 
 import copy
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import RunHere, assert_refused, assert_trees_equal, make_folder, names_in, run_train, small, train_command
+from helpers import (
+    ROOT,
+    RunHere,
+    assert_refused,
+    assert_trees_equal,
+    make_folder,
+    names_in,
+    run_train,
+    small,
+    train_command,
+)
 
 import hyperfunc as hf
 import train
@@ -231,6 +243,65 @@ def test_a_model_is_loaded_of_a_run_that_was_stopped_in_its_first_epoch(
     state = checkpoint.load(tmp_path / "run.pth").tensors
     assert torch.equal(params.primary["head.bias"], state["state/params/primary/head.bias"])
     assert params.primary["head.bias"].any()  # it begins at zero
+
+
+def test_a_stop_where_a_report_is_due_loses_none(
+    folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    next_rows = train.next_rows
+    flags = small(folder, "--epochs", "2", "--report-every", "2")  # three batches an epoch: reports after 2, 3, 5 and 6
+    assert run_here(*flags, "--checkpoint-path", "whole.pth").returncode == 0
+
+    def stop_after(step: int) -> None:
+        def stopping(run: Any, *rest: Any) -> Any:
+            if run.steps_done == step - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.3)
+            return next_rows(run, *rest)
+
+        monkeypatch.setattr(train, "next_rows", stopping)
+
+    for step in (2, 3, 5):
+        stop_after(step)
+        path = f"run{step}.pth"
+        assert run_here(*flags, "--checkpoint-path", path).returncode == 143
+        monkeypatch.setattr(train, "next_rows", next_rows)
+        assert run_here(*flags, "--checkpoint-path", path, "--resume").returncode == 0
+        ours, theirs = (
+            [
+                (row["step"], row["batch/loss"], row["batch/accuracy"])
+                for row in journal.read_rows(tmp_path / f"{name}.metrics.jsonl")
+                if row["kind"] == "report"
+            ]
+            for name in (f"run{step}", "whole")
+        )
+        assert ours == theirs
+
+
+def test_a_checkpoint_is_kept_beside_its_journal_after_a_run_that_came_to_nothing(
+    folder: Path, tmp_path: Path, run_here: RunHere
+) -> None:
+    flags = small(folder, "--epochs", "1", "--checkpoint-path", "k.pth")
+    assert run_here(*flags, "--seed", "1").returncode == 0
+    assert run_here(*flags, "--seed", "2", "--optimizer", "sgd", "--lr", "1e30").returncode == 1
+    assert run_here(*flags, "--seed", "3").returncode == 0
+    assert [seed_of(tmp_path / name) for name in ("k.pth", "k.1.pth")] == [3, 1]
+    rows = journal.read_rows(tmp_path / "k.1.metrics.jsonl")
+    assert journal.run_of(rows) == checkpoint.load(tmp_path / "k.1.pth").notes["progress"]["run"]
+
+
+def test_a_path_that_utf_8_does_not_hold(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    path = os.fsdecode(b"s\xff.pth")
+    flags = small(folder, "--epochs", "1", "--checkpoint-path", path)
+    assert run_here(*flags).returncode == 0
+    printed = subprocess.run(
+        [sys.executable, "-m", "hyperfunc.checkpoint", path, "--brief"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        check=True,
+    )
+    assert b"s\\udcff.pth" in printed.stdout
 
 
 def test_a_signal_during_the_calibration_loses_nothing(

@@ -1,5 +1,6 @@
 """Prints what a checkpoint holds: python -m hyperfunc.checkpoint FILE"""
 
+import io
 import json
 import os
 import sys
@@ -78,12 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the notes as JSON, for programs")
     parser.add_argument("--brief", action="store_true", help="leave the list of tensors out")
     arguments = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the output cannot show
     try:
         if arguments.json:
             print(json.dumps(checkpoint.load(arguments.file).notes, indent=2, sort_keys=True))
         else:
             print("\n".join(describe(arguments.file, tensors=not arguments.brief)))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed
+            sys.stdout.flush()
     except BrokenPipeError:
         # The reader has seen enough, as `head` has; and there is nothing left to flush at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
