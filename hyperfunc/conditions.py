@@ -478,12 +478,12 @@ def _check_one_a_sample(conditions: Tensor, args: tuple[Any, ...], kwargs: Mappi
         )
     if not len(conditions):
         raise ValueError("conditions: got none, expected one or more; apply takes a batch without samples")
-    others = [type(leaf).__name__ for leaf in tree.leaves(args) if not isinstance(leaf, Tensor)]
-    if others:
+    try:
+        tree.check_tensors("args", args)
+    except ValueError as error:
         raise ValueError(
-            f"args: got {', '.join(others)} by position, expected tensors there, with one entry a sample; give by "
-            "keyword what is the same for all samples"
-        )
+            f"{error}, with one entry a sample; give by keyword what is the same for all samples"
+        ) from None
     for name, value in kwargs.items() if not args else ():
         if isinstance(value, Tensor) and len(conditions) > 1 and value.shape[:1] == conditions.shape[:1]:
             raise ValueError(

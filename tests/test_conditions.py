@@ -329,8 +329,9 @@ def test_wrong_conditions(generator: Generator) -> None:
     ):
         each(images=images)
     assert each(images=images[:3])[0].shape == (12, 10)  # all three by the network of each condition
-    with pytest.raises(ValueError, match="args: got NoneType by position, expected tensors there"):
-        each(images, None)
+    for given, place in (((images, None), "1"), (((images, None),), "0/1")):
+        with pytest.raises(ValueError, match=f"args: got a NoneType at {place}, expected tensors .*; give by keyword"):
+            each(*given)
 
 
 @pytest.mark.parametrize(
