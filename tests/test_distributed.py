@@ -2,6 +2,7 @@
 
 import math
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from helpers import ROOT, assert_trees_equal
 
 from hyperfunc import data, launch, tree
-from hyperfunc.distributed import describe_difference, device_index, digest, joined, mean_over_ranks, part
+from hyperfunc.distributed import describe_difference, device_index, digest, errors_once, joined, mean_over_ranks, part
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
@@ -153,3 +154,13 @@ def test_ranks_with_runs_of_their_own_form_no_process_group(monkeypatch: pytest.
     with joined(torch.device("cpu"), 10, lambda: None, print, apart=True) as ranks:
         assert not torch.distributed.is_initialized()
         assert ranks.gather("all there is") == ["all there is"]
+
+
+def test_a_local_rank_without_a_rank_swallows_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("RANK", raising=False)
+    with errors_once():
+        print("wrong", file=sys.stderr)
+    assert capsys.readouterr().err == "wrong\n"
