@@ -368,11 +368,11 @@ _SEEDED: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.normal_: _normal_,
 }
 
-_EMPTY = {
+_EMPTY = (
     *(torch.empty, torch.zeros, torch.ones, torch.full),
     *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like),
     *(Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
-}
+)
 """What makes a tensor that may be filled with random numbers later."""
 
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
