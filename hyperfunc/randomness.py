@@ -123,11 +123,9 @@ class Seeded(TorchFunctionMode):
 def _rate_of(layer: nn.Module) -> float:
     """How much of its input a layer drops in training, or how much a slope that it draws may vary."""
     # By their names: torchvision's, because torchvision takes a second to import, and timm's, which may not be there.
-    if type(layer).__name__.endswith("DropPath"):
-        rate = getattr(layer, "drop_prob", None)
-        return float(rate) if isinstance(rate, (int, float)) else 0.0
-    if isinstance(layer, nn.modules.dropout._DropoutNd) or type(layer).__name__ == "StochasticDepth":
-        rate = getattr(layer, "p", None)
+    is_path = type(layer).__name__.endswith("DropPath")
+    if is_path or isinstance(layer, nn.modules.dropout._DropoutNd) or type(layer).__name__ == "StochasticDepth":
+        rate = getattr(layer, "drop_prob" if is_path else "p", None)
         return float(rate) if isinstance(rate, (int, float)) else 0.0
     if isinstance(layer, nn.RNNBase):
         return layer.dropout if layer.num_layers > 1 else 0.0  # it is between layers
@@ -335,7 +333,8 @@ def _bernoulli_(mode: Seeded, func: Callable[..., Any], input: Tensor, p: Any = 
 
 def _uniform_(mode: Seeded, func: Callable[..., Any], input: Tensor, *bounds: float, **named: float) -> Tensor:
     """Its bounds are called `from`, which is no name in Python, and `to`."""
-    a, b = (*bounds, *(named.get(name, default) for name, default in (("from", 0.0), ("to", 1.0))[len(bounds) :]))
+    a = bounds[0] if bounds else named.get("from", 0.0)
+    b = bounds[1] if len(bounds) > 1 else named.get("to", 1.0)
     return input.copy_(a + (b - a) * mode.uniform(input.shape, input.device, input.dtype))
 
 
