@@ -47,6 +47,7 @@ H100 = DeviceProperties(
 KINDS = {
     r"triton_poi_\w+\.run\(": "element by element",
     r"triton_(?:per|red)_\w+\.run\(": "with sums or other reductions",
+    r"triton_unk_\w+\.run\(": "with sums that blocks of threads wait for",
     r"triton_for_\w+\.run\(": "over many tensors at once",
     r"extern_kernels\.\w*mm\(": "matrix products",
     r"extern_kernels\.convolution\(": "convolutions",
@@ -173,11 +174,13 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--precision", choices=get_args(Precision), default="bf16")
+    parser.add_argument("--turn-on", metavar="OPTION", action="append", default=[], help="of torch._inductor.config")
     flags = parser.parse_args()
     given = pictures(torch.device("cpu"), flags.batch_size)
     step, state = make_training(hf.hyper_resnet(flags.depth, flags.width), given, flags.precision)
-    found = kernels(step, state, given.draws[0])
-    for kind, count in (*found.items(), ("together", found.total())):
+    with config.patch(dict.fromkeys(flags.turn_on, True)):
+        found = kernels(step, state, given.draws[0])
+    for kind, count in (*found.most_common(), ("together", found.total())):
         print(f"{count:5} {kind}")
 
 
