@@ -180,7 +180,7 @@ def main() -> None:
     step, state = make_training(hf.hyper_resnet(flags.depth, flags.width), given, flags.precision)
     with config.patch(dict.fromkeys(flags.turn_on, True)):
         found = kernels(step, state, given.draws[0])
-    for kind, count in (*found.most_common(), ("together", found.total())):
+    for kind, count in (*(+found).most_common(), ("together", found.total())):
         print(f"{count:5} {kind}")
 
 
