@@ -386,11 +386,15 @@ def _safe_order(weight: Tensor, has_onednn: bool) -> Tensor:
     """The weight, in plain memory order where its convolution would be one of torch's own on the CPU.
 
     Of a channels_last kernel these compute a wrong gradient without a word, where they are grouped, as under vmap all
-    are, and the batch is of one: so in torch 2.7.1 and 2.15.0. In float32 oneDNN stands in for them, in float64 never.
+    are, and the batch is of one: so in torch 2.7.1, 2.14.1 and 2.15.0. In float32 oneDNN stands in for them, but not
+    for kernels of one pixel on one thread; in float64 never.
     """
-    if weight.dim() != 4 or weight.device.type != "cpu" or (weight.dtype == torch.float32 and has_onednn):
+    if weight.dim() != 4 or weight.device.type != "cpu":
         return weight
-    return weight.contiguous()
+    if weight.shape[2:].numel() == 1:
+        # It lies in memory in both orders alike, and only its strides say which is meant: a new view says the plain.
+        return weight.reshape(-1).view(weight.shape)
+    return weight if weight.dtype == torch.float32 and has_onednn else weight.contiguous()
 
 
 def _make_model(
