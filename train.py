@@ -28,6 +28,7 @@ if __name__ == "__main__":
     for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(_number, _exit_before_start)
 
+import contextlib
 import itertools
 import math
 import secrets
@@ -110,10 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     run = set_up(config, ranks, device, speaker)
                     start_engine([run], speaker)
                     interrupts.defer()
-                    (code,) = population.in_step([carry_out(run, interrupts, speaker)], run.step, [run.state])
-                    if isinstance(code, FloatingPointError):
-                        raise code
-                    return code
+                    ends: dict[int, int | FloatingPointError] = {}
+                    population.in_step({0: carry_out(run, interrupts, speaker)}, run.step, [run.state], ends)
+                    if isinstance(end := ends[0], FloatingPointError):
+                        raise end
+                    return end
         except distributed.Told as told:
             return told.code
         except ValueError as error:
@@ -159,7 +161,9 @@ def farewell(number: int, config: Config) -> str:
     if distributed.rank_of_environment():
         exit_at_once(number)  # rank 0 says it
     path = config.checkpoint_path
-    there = f"the checkpoint {path} is as it was" if Path(path).exists() else "nothing was saved yet"
+    there = f"the checkpoint {path} is as it was" if os.path.exists(path) else "nothing was saved yet"
+    if config.seeds or config.sweep:
+        there = "what was saved before is as it was"
     return f"stopped by {signal.Signals(number).name} before training began; {there}"
 
 
@@ -210,6 +214,9 @@ def check(
         raise ValueError(f"--engine: got {config.engine}, which needs a GPU; on the CPU there is eager and compiled")
     number_format = precision.choose(config.precision, device)
     previous = run_file.find(config, ranks)
+    if previous is not None and config.precision == "auto" and (before := run_file.noted_precision(previous)):
+        with contextlib.suppress(ValueError):  # of a device that cannot do it
+            number_format = precision.choose(before, device)
     if ranks.rank == 0:
         run_file.check_writable(Path(config.checkpoint_path))
     return number_format, previous
@@ -265,6 +272,7 @@ def set_up(
     # Drawn on the CPU, so that a seed means the same network on every device.
     state = tree.to(training.init_state(model, optimizer, data.seeded_generator("init", config.seed)), device)
     printer.say(f"model        {describe_model(config, model, state.params)}")
+    ran_as: dict[str, Any] = {"precision": number_format} | ({"ranks": ranks.world} if ranks.world > 1 else {})
     selection = "the held-out pictures" if dataset.val else "the test set itself, for want of --val-size"
     printer.say(f"best model   chosen by accuracy on {selection}")
     run = Run(
@@ -284,7 +292,7 @@ def set_up(
         eval_step=training.make_eval_step(model, load=data.make_eval_load(normalization), precision=number_format),
         data_digest=digest,
         normalization=normalization,
-        environment=environment(device, Path(__file__).parent) | ({"ranks": ranks.world} if ranks.world > 1 else {}),
+        environment=environment(device, Path(__file__).parent) | ran_as,
         state=state,
         best=(state.params, state.batch_stats),
         progress=Progress(run=secrets.token_hex(4)),
@@ -543,7 +551,7 @@ def report(run: Run, rows: data.Draw, reporter: Reporter, bars: TrainingBars, pa
     run.report_totals = no_metrics(run.device)
     rate = float(run.optimizer.learning_rate(run.state.step - 1))
     where = {"epoch": progress.epoch + 1, "batch": progress.batch, "step": run.steps_done}
-    reporter.row("report", where | {"batch/loss": loss, "batch/accuracy": accuracy, "learning_rate": rate})
+    is_tracked = reporter.row("report", where | {"batch/loss": loss, "batch/accuracy": accuracy, "learning_rate": rate})
     shown = f"loss {loss:.4f}  accuracy {accuracy:.2f} %"
     reporter.printer.say(
         f"epoch {progress.epoch + 1}/{config.epochs}  batch {progress.batch}/{run.batch_count}  {shown}"
@@ -553,12 +561,24 @@ def report(run: Run, rows: data.Draw, reporter: Reporter, bars: TrainingBars, pa
         reports_an_epoch = math.ceil(run.batch_count / config.report_every)
         number = progress.epoch * reports_an_epoch + math.ceil(progress.batch / config.report_every)
         # All ranks, because the gradients are of all.
-        if number % config.histogram_every == 0 and run.ranks.tell(reporter.tracker is not None):
-            params = run.state.params
-            trees = {"parameters": params, "kernels": run.model.kernels(params)}
-            last_batch = data.Draw(*(column[-config.batch_size :] for column in rows))
-            gradients = training.make_gradients(run.model, load=run.load, **run.objective)
-            reporter.histograms(run.steps_done, trees | {"gradients": gradients(run.state, last_batch)})
+        if number % config.histogram_every == 0 and run.ranks.tell(is_tracked and reporter.shows_histograms):
+            show_histograms(run, rows, reporter)
+
+
+def show_histograms(run: Run, rows: data.Draw, reporter: Reporter) -> None:
+    """Tracks the parameters, the kernels and the gradients of the last batch. Where these do not fit into memory beside
+    the step, the run goes on without."""
+    params = run.state.params
+    try:
+        trees = {"parameters": params, "kernels": run.model.kernels(params)}
+        last_batch = data.Draw(*(column[-run.config.batch_size :] for column in rows))
+        gradients = training.make_gradients(run.model, load=run.load, **run.objective)
+        reporter.histograms(run.steps_done, trees | {"gradients": gradients(run.state, last_batch)})
+    except (RuntimeError, MemoryError) as error:
+        if run.ranks.world > 1:
+            raise  # the others wait for what this one was to add
+        reporter.shows_histograms = False
+        reporter.printer.warn(f"there are no histograms from here on: {one_line(error)}")
 
 
 def finish_epoch(

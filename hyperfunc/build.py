@@ -61,8 +61,11 @@ def build_optimizer(config: Config, steps_per_epoch: int, number_format: Precisi
         optimizer = optim.sgd(schedule, weight_decay=weight_decay)
     else:
         optimizer = optim.adam(schedule, weight_decay=weight_decay, decoupled=config.optimizer == "adamw")
-    if number_format != "fp16":
-        return optimizer
+    return optim.scaled(optimizer, first=first_scale(config, world)) if number_format == "fp16" else optimizer
+
+
+def first_scale(config: Config, world: int) -> float:
+    """The scale of the loss that fp16 begins with."""
     # Ranks take the gradient of a sum over pictures: beside that of the mean, its scale begins lower by their number.
     pictures = 1 if world == 1 else 2 ** math.ceil(math.log2(config.batch_size))
-    return optim.scaled(optimizer, first=2.0**16 / pictures)
+    return 2.0**16 / pictures

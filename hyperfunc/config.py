@@ -62,7 +62,13 @@ class Config:
         at_least=0,
         shapes=True,
     )
-    seed: int = option(0, "run", "of the initial parameters, the order and the augmentation", at_least=0, shapes=True)
+    seed: int = option(
+        0,
+        "run",
+        "of the initial parameters, the order and the augmentation, and of what --val-size and --train-size pick",
+        at_least=0,
+        shapes=True,
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "run", "auto takes a GPU where there is one")
     engine: Literal["auto", "eager", "compiled", "graph", "compiled-graph"] = option(
         "auto",

@@ -3,14 +3,14 @@
 A row is written by a single call, so that a process killed at any moment leaves whole lines. Every row says of what
 `kind` it is: "start" and "resume" of a process, "report" (some batches), "epoch", or "event" (a stop, trouble).
 A report has the `step` and an epoch the `epoch` that it is about; a run that goes on from a checkpoint cuts off what it
-is about to do again, and so has each once.
+is about to do again, and so has each once. Where it could not, on a full disk, the next one does.
 """
 
 import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def go_on(
                 break
     if left_out:
         warn(f"{found_at}: {left_out} lines that are no rows of a journal were left out")
-    rows = until(before, step=step, epoch=epoch)
+    rows = until(_once(before), step=step, epoch=epoch)
     known = {row["epoch"] for row in rows if row["kind"] == "epoch"}
     rows += [{"kind": "epoch", **row} for row in history if row["epoch"] not in known]
     if found_at != path and path.exists():
@@ -154,13 +154,26 @@ def run_of(rows: Iterable[Row]) -> str | None:
 
 def until(rows: Iterable[Row], *, step: int, epoch: int) -> list[Row]:
     """Without the reports after `step` and the epochs after `epoch`."""
-    last = {"report": ("step", step), "epoch": ("epoch", epoch)}
+    limits = {"step": step, "epoch": epoch}
 
     def stays(row: Row) -> bool:
-        column, limit = last.get(row["kind"], ("", 0))
-        return row.get(column, 0) <= limit
+        about = _about(row)
+        return about is None or about[1] <= limits[about[0]]
 
     return [row for row in rows if stays(row)]
+
+
+def _once(rows: Sequence[Row]) -> list[Row]:
+    """Of each report and epoch the last: the earlier ones are of a run that went on before them and could not cut them
+    off."""
+    last = {_about(row): place for place, row in enumerate(rows)}
+    return [row for place, row in enumerate(rows) if _about(row) is None or last[_about(row)] == place]
+
+
+def _about(row: Row) -> tuple[str, int] | None:
+    """What a report or an epoch is about."""
+    column = {"report": "step", "epoch": "epoch"}.get(row["kind"])
+    return None if column is None else (column, row[column])
 
 
 def _line(row: Row) -> bytes:

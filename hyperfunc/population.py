@@ -7,7 +7,8 @@ requests together. A run sees the pictures and the parameters that it would see 
 # torch.compile cannot trace the evaluation of an annotation, and functions are defined inside of what it traces.
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import contextlib
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -86,28 +87,36 @@ def load_of_member(load: Load, index: int) -> Load:
     return own
 
 
-def in_step(members: Sequence[Member], step: Step, states: Sequence[TrainState]) -> list[int | FloatingPointError]:
-    """Runs members to their ends, each step one for all of them; returns the exit code of each, or what it failed of.
+def in_step(
+    members: Mapping[int, Member],
+    step: Step,
+    states: Sequence[TrainState],
+    ends: dict[int, Any],
+) -> None:
+    """Runs members to their ends, each step one for all of them.
 
     All have to ask for the same number of steps. A member that fails by a FloatingPointError leaves the others as they
     are; in its place in the stack goes on what nobody looks at. After a member ended by a signal the others get an
     `Interrupted` where they stand, so that all have made the same steps.
 
     Args:
-        members: Not started yet.
+        members: By any number; not started yet.
         step: Of a single state and draw for one member, else of `stack` and `side_by_side`; metrics have the steps as
             first dimension and the members as second.
-        states: Their states.
+        states: Their states, in the same order.
+        ends: Gets the exit code of each, or the FloatingPointError that it failed of, as soon as it has ended.
+
+    Raises:
+        Exception: Of the step, which is raised in all members that are left, or of a member.
     """
-    ends: dict[int, int | FloatingPointError] = {}
     asked: dict[int, data.Draw] = {}
     together = stack(states)
     parts = _unstack(together, len(members))
 
-    def advance(index: int, found: tuple[TrainState, Metrics] | Interrupted | None) -> None:
+    def advance(index: int, found: tuple[TrainState, Metrics] | Exception | None) -> None:
         asked.pop(index, None)
         try:
-            if isinstance(found, Interrupted):
+            if isinstance(found, Exception):
                 asked[index] = members[index].throw(found)
             else:
                 asked[index] = members[index].send(found)  # pyright: ignore[reportArgumentType]
@@ -119,26 +128,33 @@ def in_step(members: Sequence[Member], step: Step, states: Sequence[TrainState])
             ends[index] = error.with_traceback(None)
 
     try:
-        for index in range(len(members)):
+        for index in members:
             advance(index, None)
         while asked:
-            codes = [code for code in ends.values() if isinstance(code, int) and code > AFTER_SIGNAL]
+            ended = [ends[index] for index in members if index in ends]
+            codes = [end for end in ended if isinstance(end, int) and end > AFTER_SIGNAL]
             if codes:
                 for index in list(asked):
                     advance(index, Interrupted(codes[0] - AFTER_SIGNAL))
                 continue
             anyone = next(iter(asked.values()))
             before = together
-            together, metrics = step(together, side_by_side([asked.get(i, anyone) for i in range(len(members))]))
+            try:
+                together, metrics = step(together, side_by_side([asked.get(index, anyone) for index in members]))
+            except Exception as error:
+                for index in list(asked):
+                    with contextlib.suppress(Exception):
+                        advance(index, error)
+                raise
             # A captured step writes into the state that it returned before, and so into its parts.
             parts = parts if together is before else _unstack(together, len(members))
             own = _unstack(metrics if len(members) == 1 else tree.map(torch.t, metrics), len(members))
-            for index in list(asked):
-                advance(index, (parts[index], own[index]))
+            for place, index in enumerate(members):
+                if index in asked:
+                    advance(index, (parts[place], own[place]))
     finally:
-        for member in members:
+        for member in members.values():
             member.close()
-    return [ends[index] for index in range(len(members))]
 
 
 def _unstack(stacked: Any, count: int) -> list[Any]:

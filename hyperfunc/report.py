@@ -54,6 +54,9 @@ class Reporter:
         tracker: For the rows, or None.
         handed_over: What the tracker's run already has: the last `step` of a report and the last `epoch`. A run that
             goes on from a checkpoint may do some of it again, and does not log it twice.
+
+    Attributes:
+        shows_histograms: Whether there is any use in making them.
     """
 
     def __init__(
@@ -74,18 +77,19 @@ class Reporter:
         self._title = title
         self._handed_over = {"report": handed_over[0], "epoch": handed_over[1]}
         self._had_before = dict(self._handed_over)
+        self.shows_histograms = True
         if tracker is not None:
             self.event(TRACKING, wandb=tracker.id, step=handed_over[0], epoch=handed_over[1])
 
-    def row(self, kind: str, row: Mapping[str, Any]) -> None:
-        """Notes a row of the kind "report" or "epoch"."""
+    def row(self, kind: str, row: Mapping[str, Any]) -> bool:
+        """Notes a row of the kind "report" or "epoch"; returns whether the tracker got it, and had not before."""
         self._journal.write(kind, row)
-        self.track(kind, row)
+        return self.track(kind, row)
 
-    def track(self, kind: str, row: Mapping[str, Any]) -> None:
-        """Hands a row to the tracker alone, unless it is there already."""
+    def track(self, kind: str, row: Mapping[str, Any]) -> bool:
+        """Hands a row to the tracker alone, unless it is there already; returns whether it did."""
         if self.tracker is None:
-            return
+            return False
         number = row["step" if kind == "report" else "epoch"]
         if self.tracker.stopped:
             self._note_end_of_tracking()
@@ -94,6 +98,8 @@ class Reporter:
             columns = _TRACKED[kind] or row
             self.tracker.log({column: row[column] for column in columns}, (kind, number))
             self._handed_over[kind] = number
+            return True
+        return False
 
     def event(self, what: str, **details: Any) -> None:
         """Notes what happened."""

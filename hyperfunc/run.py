@@ -99,8 +99,8 @@ class Run:
 
 
 def notes_to_compare(run: Run) -> dict[str, Any]:
-    """What else has to be the same on all ranks: the pictures, and the flags that decide what a rank does when."""
-    return {"the data": run.data_digest} | flags_to_compare(run.config)
+    """What else has to be the same on all ranks: the pictures, and what decides what a rank does when, and how."""
+    return {"the data": run.data_digest} | flags_to_compare(run.config) | {"--precision": run.precision}
 
 
 def flags_to_compare(config: Config) -> dict[str, Any]:

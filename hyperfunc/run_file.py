@@ -13,10 +13,12 @@ from typing import Any
 from filelock import Timeout
 
 from hyperfunc import checkpoint, distributed, journal, tree
+from hyperfunc.build import first_scale
 from hyperfunc.config import Config
 from hyperfunc.console import Printer
 from hyperfunc.files import beside, free_name, lock_for, numbered, remove_leftovers, temporary_name
 from hyperfunc.flags import flag, shaping
+from hyperfunc.optim import Scaled
 from hyperfunc.report import Reporter
 from hyperfunc.run import Progress, Run, check_finite, read_metrics
 
@@ -198,11 +200,23 @@ def go_on(run: Run, previous: checkpoint.Checkpoint, printer: Printer) -> None:
     if planned != config.epochs:
         printer.say(f"schedule     now spans {config.epochs} epochs, and not {planned} as before")
     before = previous.notes.get("environment", {}).get("ranks", 1)
+    opt_state = run.state.opt_state
+    if isinstance(opt_state, Scaled):
+        scale = opt_state.scale * (first_scale(config, ranks.world) / first_scale(config, before))
+        run.state = run.state._replace(opt_state=opt_state._replace(scale=scale))
+    format_before = noted_precision(previous)
+    if format_before not in (None, run.precision):
+        printer.warn(f"the precision is {run.precision} and was {format_before} so far, which does not work here")
     if before != ranks.world and not config.sync_bn:
         printer.warn(
             f"resumed on {ranks.world} ranks, was {before}: without --sync-bn each rank has batch statistics of "
             "its own, so the result will not be that of before"
         )
+
+
+def noted_precision(previous: checkpoint.Checkpoint) -> Any:
+    """What a run has computed in, if its checkpoint says so; --precision may be auto."""
+    return previous.notes.get("environment", {}).get("precision")
 
 
 def _restore(run: Run, previous: checkpoint.Checkpoint) -> None:

@@ -196,22 +196,25 @@ def _carry_out_group(
     speakers = [Printer(quiet=printer.quiet, prefix=f"{sweep.name_of(flags)}  ") for flags, _ in group]
     with contextlib.ExitStack() as stack:
         for index, ((_, config), speaker) in enumerate(zip(group, speakers, strict=True)):
+            if _is_stopped(ends, [index], ranks, interrupts):
+                continue
             speaker.quiet = printer.quiet or bool(runs)
             with _noting_failure(ends, [index]):
                 stack.enter_context(locked(config, ranks))
                 like = next(iter(runs.values()), None)
                 runs[index] = program.set_up(config, ranks, device, speaker, like)
             speaker.quiet = printer.quiet
-        interrupts.defer()
-        if runs:
-            make_room()
         for indices in _at_one_step(runs):
+            if _is_stopped(ends, indices, ranks, interrupts):
+                continue
             together = [runs[index] for index in indices]
             with _noting_failure(ends, indices):
-                program.start(together, speakers[indices[0]])
-                started = [program.carry_out(runs[index], interrupts, speakers[index]) for index in indices]
-                found = population.in_step(started, together[0].step, [run.state for run in together])
-                ends |= dict(zip(indices, found, strict=True))
+                program.start(together, speakers[indices[0]])  # may compile for minutes, with nothing in hand yet
+                interrupts.defer()
+                make_room()
+                started = {index: program.carry_out(runs[index], interrupts, speakers[index]) for index in indices}
+                population.in_step(started, together[0].step, [run.state for run in together], ends)
+        interrupts.defer()
     results: list[sweep.Result] = []
     for index, (flags, config) in enumerate(group):
         end = ends[index]
@@ -266,10 +269,24 @@ def _noting_failure(ends: dict[int, int | str | FloatingPointError], indices: Se
             if os.environ.get("HYPERFUNC_TRACEBACK"):
                 raise
             reason = f"{type(error).__name__}: {reason}"
-        ends |= dict.fromkeys(indices, reason)
+        for index in indices:
+            ends.setdefault(index, reason)  # some may have come to an end of their own before
 
 
-def _at_one_step(runs: Mapping[int, Run]) -> Iterator[list[int]]:
-    """The indices of runs that stand at the same step: after a kill between two saves that may not be all."""
-    for position in sorted({run.steps_done for run in runs.values()}):
-        yield [index for index, run in runs.items() if run.steps_done == position]
+def _is_stopped(
+    ends: dict[int, int | str | FloatingPointError], indices: Sequence[int], ranks: Alone, interrupts: Interrupts
+) -> bool:
+    """Whether a signal has come, which then is the end of these runs."""
+    if (number := ranks.agree(interrupts.received)) is None:
+        return False
+    ends |= dict.fromkeys(indices, AFTER_SIGNAL + number)
+    return True
+
+
+def _at_one_step(runs: Mapping[int, Run]) -> list[list[int]]:
+    """The indices of runs that go on together: that stand at the same step, which after a kill between two saves may
+    not be all, and of which none is complete while another has its last evaluation before it."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, run in runs.items():
+        groups.setdefault((run.steps_done, run.progress.epoch), []).append(index)
+    return [groups[position] for position in sorted(groups)]

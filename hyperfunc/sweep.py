@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -123,7 +124,7 @@ def expand(config: Any, allowed: Sequence[str], check: Callable[[Any], None]) ->
         for flags in combinations({"seed": [config.seed]} | grid):
             path = path_of(config.checkpoint_path, flags)
             own = {"seeds": "", "sweep": "", "no_wandb": True, "checkpoint_path": path}
-            member = replace(config, **flags, **own, resume=config.resume and Path(path).is_file())
+            member = replace(config, **flags, **own, resume=config.resume and os.path.isfile(path))
             check_ranges(member)
             check(member)
             members.append((flags, member))
@@ -297,4 +298,4 @@ def write_table(path: Path, results: Sequence[Result]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     as_json, as_markdown = _files(path)
     write_bytes(as_json, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
-    write_bytes(as_markdown, markdown(results).encode())
+    write_bytes(as_markdown, markdown(results).encode(errors="surrogateescape"))

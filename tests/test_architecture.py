@@ -67,16 +67,8 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "run", "build"),
     },
     "run_file": {
-        "tree",
-        "files",
-        "flags",
-        "console",
-        "distributed",
-        "journal",
-        "checkpoint",
-        "config",
-        "run",
-        "report",
+        *("tree", "files", "flags", "console", "distributed", "journal", "checkpoint", "optim"),
+        *("config", "run", "build", "report"),
     },
     "shares": {
         *("files", "interrupt", "exits", "console", "distributed", "population", "sweep"),

@@ -118,6 +118,20 @@ def test_a_lost_or_foreign_journal_is_made_up_for_by_the_history(tmp_path: Path)
     assert (tmp_path / "run.2.metrics.jsonl").read_bytes() == b"not a journal\n"
 
 
+def test_what_could_not_be_cut_off_on_a_full_disk_is_cut_off_by_the_next_that_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "run.metrics.jsonl"
+    whole = rows_of_a_run("r", epochs=3)
+    again = [{**row, "again": True} for row in whole if row["kind"] != "start" and row.get("epoch", 9) > 1]
+    write_rows(path, [*whole, {"kind": "resume", "run": "r"}, *again])
+    found, _ = go_on(path, "r", step=10**6, epoch=3, history=[], warn=pytest.fail)
+    assert [row["step"] for row in found if row["kind"] == "report"] == [1, 2, 3, 4, 5, 6]
+    assert [(row["epoch"], "again" in row) for row in found if row["kind"] == "epoch"] == [
+        (1, False),
+        (2, True),
+        (3, True),
+    ]
+
+
 def test_the_journal_of_another_run_is_left_alone(tmp_path: Path) -> None:
     """A checkpoint that was copied has the id of the run that it is a copy of."""
     write_rows(tmp_path / "run.metrics.jsonl", rows_of_a_run("r"))

@@ -82,13 +82,19 @@ def step_of(runs: list[Single]) -> training.Step:
     return training.scan(population.map_side_by_side(training.make_train_step(MODEL, OPTIMIZER, load=load)), BATCH)
 
 
+def ends_of(members: list[population.Member], step: training.Step, runs: list[Single]) -> list[Any]:
+    ends: dict[int, Any] = {}
+    population.in_step(dict(enumerate(members)), step, [run.state for run in runs], ends)
+    return [ends[index] for index in range(len(members))]
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_a_member_is_the_single_run_of_its_seed(own: bool) -> None:
     alone = [Single(seed, own=own) for seed in range(3)]
     for run in alone:
-        assert population.in_step([run.run()], single_step(run), [run.state]) == [0]
+        assert ends_of([run.run()], single_step(run), [run]) == [0]
     runs = [Single(seed, own=own) for seed in range(3)]
-    assert population.in_step([run.run() for run in runs], step_of(runs), [run.state for run in runs]) == [0, 0, 0]
+    assert ends_of([run.run() for run in runs], step_of(runs), runs) == [0, 0, 0]
     for ours, theirs in zip(runs, alone, strict=True):
         assert len(ours.seen) == EPOCHS * 4
         assert ours.seen == pytest.approx(theirs.seen, rel=1e-9)
@@ -100,10 +106,10 @@ def test_a_member_is_the_single_run_of_its_seed(own: bool) -> None:
 def test_a_member_that_fails_leaves_the_others_as_they_are() -> None:
     whole = [Single(seed) for seed in range(3)]
     step = step_of(whole)
-    population.in_step([run.run() for run in whole], step, [run.state for run in whole])
+    ends_of([run.run() for run in whole], step, whole)
     runs = [Single(seed) for seed in range(3)]
     members = [run.run(fails_at=2 if run.seed == 1 else None) for run in runs]
-    ends = population.in_step(members, step, [run.state for run in runs])
+    ends = ends_of(members, step, runs)
     assert [type(end) for end in ends] == [int, FloatingPointError, int]
     assert str(ends[1]) == "seed 1"
     for index in (0, 2):
@@ -133,7 +139,7 @@ def test_a_member_that_fails_is_not_kept_in_memory() -> None:
     gc.disable()
     try:
         members = [run(one, fails=one.seed == 1) for one in runs]
-        ends = population.in_step(members, step_of(runs), [one.state for one in runs])
+        ends = ends_of(members, step_of(runs), runs)
         assert (ends[0], str(ends[1])) == (0, "diverged")
         assert found[1]() is None
     finally:
@@ -143,9 +149,31 @@ def test_a_member_that_fails_is_not_kept_in_memory() -> None:
 def test_all_members_stop_at_the_same_step() -> None:
     runs = [Single(seed) for seed in range(3)]
     members = [run.run(stops_at=2 if run.seed == 1 else None) for run in runs]
-    ends = population.in_step(members, step_of(runs), [run.state for run in runs])
+    ends = ends_of(members, step_of(runs), runs)
     assert ends == [128 + signal.SIGTERM] * 3
     assert [int(run.state.step) for run in runs] == [2, 2, 2]
+
+
+def test_an_error_of_the_step_reaches_all_that_are_left_and_takes_no_end_away() -> None:
+    runs = [Single(seed) for seed in range(3)]
+    step, told, ends = step_of(runs), [], {}
+
+    def noting(run: Single) -> population.Member:
+        try:
+            return (yield from run.run(fails_at=2 if run.seed == 1 else None))
+        except RuntimeError as error:
+            told.append((run.seed, str(error)))
+            raise
+
+    def breaks(state: Any, rows: Any) -> Any:
+        if int(state.step[0]) == 3:
+            raise RuntimeError("the device is gone")
+        return step(state, rows)
+
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        population.in_step({4 + run.seed: noting(run) for run in runs}, breaks, [run.state for run in runs], ends)
+    assert told == [(0, "the device is gone"), (2, "the device is gone")]
+    assert [(index, str(end)) for index, end in ends.items()] == [(5, "seed 1")]
 
 
 # Which runs there are, and the table
@@ -354,6 +382,51 @@ def test_stopped_and_resumed_is_as_if_undisturbed(folder: Path, tmp_path: Path, 
     assert again.returncode == 0
     assert again.stdout.count("nothing to do") == 3
     assert "; the best epoch was chosen by the test set itself, for want of --val-size." in again.stdout
+
+
+def test_a_run_that_is_over_does_not_take_the_calibration_of_another(
+    folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal in the first run's last evaluation: the other has its own before it when both are resumed."""
+    flags = small(folder, "--epochs", "1", "--calibrate", "2", "--seeds", "0,1", "--seeds-per-step", "2")
+    assert run_here(*flags, "--checkpoint-path", "whole.pth").returncode == 0
+    evaluate = train.evaluate
+
+    def signalled(run: Any, network: Any, images: Any, interrupts: Any) -> Any:
+        found = evaluate(run, network, images, interrupts)
+        interrupts.received = signal.SIGTERM
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", signalled)
+        assert run_here(*flags, "--checkpoint-path", "run.pth").returncode == 143
+    assert [checkpoint.load(tmp_path / f"run.seed{s}.pth").notes["progress"]["epoch"] for s in (0, 1)] == [1, 0]
+    resumed = run_here(*flags, "--checkpoint-path", "run.pth", "--resume")
+    assert (resumed.returncode, resumed.stdout.count("nothing to do")) == (0, 1)
+    for seed in (0, 1):
+        ours, theirs = (checkpoint.load(tmp_path / f"{name}.seed{seed}.pth").tensors for name in ("run", "whole"))
+        # The other has made its steps alone, and so with other rounding.
+        for name, leaf in theirs.items():
+            torch.testing.assert_close(ours[name], leaf, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_run_that_fails_by_itself_does_not_take_the_end_of_another(
+    folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = train.evaluate
+
+    def breaks(run: Any, *rest: Any) -> Any:
+        if run.config.seed == 1:
+            raise RuntimeError("the device is gone")
+        return evaluate(run, *rest)
+
+    monkeypatch.setattr(train, "evaluate", breaks)
+    flags = small(folder, "--epochs", "1", "--seeds", "0,1", "--seeds-per-step", "2", "--checkpoint-path", "run.pth")
+    assert run_here(*flags).returncode == 1
+    assert [row["failed"] for row in results(tmp_path / "run.population.json")] == [
+        "",
+        "RuntimeError: the device is gone",
+    ]
 
 
 def test_a_run_that_diverges_is_in_the_table_and_the_exit_code(folder: Path, tmp_path: Path, run_here: RunHere) -> None:

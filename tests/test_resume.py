@@ -227,6 +227,29 @@ def test_a_run_keeps_its_engine(
     assert "the engine is eager and was compiled so far: the end may differ by rounding from what it was" in done.stderr
 
 
+def test_auto_keeps_the_precision_that_a_run_has_had(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    flags = small(folder, "--checkpoint-path", "run.pth")
+    assert "eager, fp32" in run_here(*flags, "--epochs", "1").stdout
+    forged(tmp_path / "run.pth", lambda notes: notes["environment"].update(precision="bf16"))  # as of a GPU
+    assert "eager, bf16" in run_here(*flags, "--epochs", "2", "--resume").stdout
+    forged(tmp_path / "run.pth", lambda notes: notes["environment"].update(precision="tf32"))
+    done = run_here(*flags, "--epochs", "3", "--resume")
+    assert "eager, fp32" in done.stdout
+    assert "the precision is fp32 and was tf32 so far, which does not work here" in done.stderr
+
+
+def test_the_scale_of_the_loss_follows_the_ranks(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+    """Several ranks take the gradient of a sum over the batch, and so have a scale that is smaller by its length."""
+    flags = small(folder, "--precision", "fp16", "--sync-bn", "--checkpoint-path", "run.pth")
+    assert run_here(*flags, "--epochs", "1").returncode == 0
+    scale = checkpoint.load(tmp_path / "run.pth").tensors["state/opt_state/scale"]
+    as_of_two = {"state/opt_state/scale": scale / 8}
+    forged(tmp_path / "run.pth", lambda notes: notes["environment"].update(ranks=2), as_of_two)
+    assert run_here(*flags, "--epochs", "2", "--resume").returncode == 0
+    found = checkpoint.load(tmp_path / "run.pth").tensors["state/opt_state/scale"]
+    assert scale / 8 < found <= scale  # it may have been halved, but not yet doubled
+
+
 def test_a_model_is_loaded_of_a_run_that_was_stopped_in_its_first_epoch(
     folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ from test_console import on_a_terminal
 from wandb_server import Kind, wandb_server
 
 import hyperfunc as hf
+import train
 from hyperfunc import checkpoint, journal, tracking
 from hyperfunc.tracking import Tracker
 
@@ -421,6 +422,34 @@ def start() -> StartTracker:
         return Tracker("abc", resume=False, mode="offline", settings={}, say=lambda _: None, warn=told.append)
 
     return start_it
+
+
+def test_histograms_are_tracked_once_and_those_that_do_not_fit_end_no_run(
+    tmp_path: Path,
+    flags: list[str],
+    fake_run: FakeRun,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def go(epochs: int, *more: str) -> int:
+        return train.main(tracked_command(*flags, "--epochs", str(epochs), "--histogram-every", "1", *more)[2:])
+
+    assert go(1) == 0
+    before = (tmp_path / "run.pth").read_bytes()
+    assert go(2, "--resume") == 0
+    (tmp_path / "run.pth").write_bytes(before)  # as after a kill: what was done since is done again
+    assert go(3, "--resume") == 0
+    assert [row["step"] for row in fake_run.rows if any("gradients/" in name for name in row)] == [2, 3, 5, 6, 8, 9]
+
+    def too_large(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(hf.training, "make_gradients", too_large)
+    capsys.readouterr()
+    assert go(4, "--resume") == 0
+    assert capsys.readouterr().err.count("there are no histograms from here on: too large") == 1
 
 
 def test_an_error_of_wandb_is_told_once_and_ends_tracking(fake_run: FakeRun, start: StartTracker) -> None:
