@@ -53,9 +53,9 @@ def as_traced(seed: Seed, device: torch.device) -> Seed:
 class Seeded(TorchFunctionMode):
     """A context in which what is random is a function of `seed` alone.
 
-    This covers every dropout in torch.nn, that of attention included, nn.RReLU, fractional pooling, `rand`, `randn`,
-    their `_like`, `bernoulli`, and the methods `bernoulli_`, `uniform_` and `normal_`. Under `torch.vmap` a seed that
-    is not mapped gives all members the same numbers, and a mapped one gives each its own.
+    This covers every dropout in torch.nn, that of attention and of recurrent layers included, nn.RReLU, fractional
+    pooling, `rand`, `randn`, their `_like`, `bernoulli`, and the methods `bernoulli_`, `uniform_` and `normal_`. Under
+    `torch.vmap` a seed that is not mapped gives all members the same numbers, and a mapped one gives each its own.
 
     Code that runs later is outside of the context: what `torch.utils.checkpoint` computes again in a `backward()`
     afterwards draws new numbers.
@@ -86,8 +86,6 @@ class Seeded(TorchFunctionMode):
             return seeded_form(self, func, *args, **kwargs)
         if func in _EMPTY and tree.is_mapped(self.state):
             return _mapped_like(self.state, func(*args, **kwargs))
-        if func in _RECURRENT and _drops_between_layers(args):
-            raise ValueError("seed: the dropout inside of a recurrent layer cannot be seeded; set its dropout to 0")
         if func in _REFUSED and kwargs.get("generator") is None:
             raise ValueError(
                 f"seed: the module calls torch's {func.__name__}, which draws from the global generator and cannot be "
@@ -134,14 +132,6 @@ def _rate_of(layer: nn.Module) -> float:
     if isinstance(layer, nn.RReLU):
         return layer.upper - layer.lower
     return 0.0
-
-
-def _drops_between_layers(args: tuple[Any, ...]) -> bool:
-    """Whether a recurrent function drops out, by what follows on the first bool of its arguments, which says whether it
-    has biases; before it they are others for packed sequences."""
-    place = next(index for index, value in enumerate(args) if isinstance(value, bool))
-    layers, rate, training = args[place + 1 : place + 4]
-    return training and rate > 0 and layers > 1
 
 
 def _state(seed: Seed) -> Any:
@@ -263,6 +253,32 @@ def _attention(
     return _drop(mode, weights, weights.shape, dropout_p, True, False) @ value
 
 
+def _recurrent(mode: Seeded, func: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+    """A stack of recurrent layers, computed layer by layer where there is dropout between them.
+
+    The arguments are the input, for packed sequences their lengths, the state or several, the weights of all layers,
+    and then, from the first bool on, how many layers there are and of what kind.
+    """
+    place = next(index for index, value in enumerate(args) if isinstance(value, bool))
+    has_biases, layers, rate, training, bidirectional, *order = args[place:]
+    if not training or rate == 0 or layers == 1:
+        return func(*args)
+    output, *lengths, states, weights = args[:place]
+    several = not isinstance(states, Tensor)
+    parts = [state.chunk(layers) for state in (states if several else [states])]
+    each = len(weights) // layers
+    ends: list[list[Tensor]] = []
+    for layer in range(layers):
+        if layer > 0:
+            output = _drop(mode, output, output.shape, rate, training, inplace=False)
+        begins = tuple(part[layer] for part in parts)
+        own = weights[layer * each : (layer + 1) * each]
+        given = (*lengths, begins if several else begins[0], own, has_biases, 1, 0.0, training, bidirectional, *order)
+        output, *end = func(output, *given)
+        ends.append(end)
+    return output, *(torch.cat(end) for end in zip(*ends, strict=True))
+
+
 def _rrelu(
     mode: Seeded,
     func: Callable[..., Any],
@@ -351,6 +367,10 @@ _SEEDED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.alpha_dropout: _alpha_dropout,
     F.feature_alpha_dropout: _alpha_dropout,
     F.scaled_dot_product_attention: _attention,
+    torch.lstm: _recurrent,
+    torch.gru: _recurrent,
+    torch.rnn_tanh: _recurrent,
+    torch.rnn_relu: _recurrent,
     F.rrelu: _rrelu,
     F.fractional_max_pool2d: _fractional_pool,
     F.fractional_max_pool3d: _fractional_pool,
@@ -373,8 +393,6 @@ _EMPTY = (
     *(Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
 )
 """What makes a tensor that may be filled with random numbers later."""
-
-_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 _REFUSED = (
     torch.normal,

@@ -11,9 +11,7 @@ from torchvision.ops import StochasticDepth
 
 import hyperfunc as hf
 from hyperfunc import ensembles, optim, training, tree
-from hyperfunc.randomness import Seeded, _state, drawing_layers, fold_in
-
-DROPPING = nn.GRU(3, 3, 2, dropout=0.5)
+from hyperfunc.randomness import Seed, Seeded, _state, drawing_layers, fold_in
 
 
 def model_with_dropout() -> hf.Model:
@@ -227,7 +225,6 @@ def test_attention_with_dropout_is_attention_on_dropped_weights() -> None:
         (lambda: torch.randint(3, (2,)), "calls torch's randint, which draws from the global generator"),
         (lambda: torch.ones(3).exponential_(), "calls torch's exponential_"),
         (lambda: nn.init.normal_(torch.ones(3)), "calls torch's normal_"),
-        (lambda: DROPPING(torch.ones(2, 1, 3)), "inside of a recurrent layer cannot be seeded"),
     ],
 )
 def test_what_cannot_be_seeded_is_refused(draw: object, message: str) -> None:
@@ -286,10 +283,71 @@ def test_a_recurrent_layer_draws_only_where_it_drops_between_layers(
         with Seeded(0):
             layer(x)
     assert drawing_layers(quiet[0]) == drawing_layers(set_to_int) == []
-    dropping = kind(4, 4, 2, dropout=0.3, batch_first=True)
-    assert drawing_layers(dropping)
-    with Seeded(0), pytest.raises(ValueError, match="inside of a recurrent layer cannot be seeded"):
-        dropping(x)
+    assert drawing_layers(kind(4, 4, 2, dropout=0.3, batch_first=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.LSTM, {"bidirectional": True, "batch_first": True}),
+        (nn.LSTM, {"proj_size": 3, "bias": False}),
+        (nn.GRU, {"batch_first": True}),
+        (nn.RNN, {"bidirectional": True}),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_recurrent_layers_are_as_single_ones_with_dropout_between(
+    kind: Callable[..., nn.RNNBase], options: dict[str, Any], packed: bool, generator: torch.Generator
+) -> None:
+    stack = kind(4, 5, 3, dropout=0.5, **options).double()
+    directions = 2 if stack.bidirectional else 1
+    inner = directions * (options.get("proj_size") or 5)
+    singles = [kind(4 if layer == 0 else inner, 5, 1, **options).double() for layer in range(3)]
+    for layer, single in enumerate(singles):
+        values = {name: getattr(stack, name.replace("l0", f"l{layer}")) for name, _ in single.named_parameters()}
+        single.load_state_dict(values)
+    x: Any = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
+    first = options.get("batch_first", False)
+    lengths = torch.tensor([6, 4] if first else [2, 2, 2, 1, 1, 1])
+    x = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=first, enforce_sorted=True) if packed else x
+    with Seeded(3):
+        found, states = stack(x)
+    with Seeded(3):
+        y, ends = x, []
+        for layer, single in enumerate(singles):
+            if layer and packed:
+                y = y._replace(data=F.dropout(y.data, 0.5))
+            elif layer:
+                y = F.dropout(y, 0.5)
+            y, end = single(y)
+            ends.append(end)
+    ours, theirs = ((value.data if packed else value) for value in (found, y))
+    torch.testing.assert_close(ours, theirs)
+    states, ends = (states, zip(*ends, strict=True)) if isinstance(states, tuple) else ([states], [ends])
+    for state, end in zip(states, ends, strict=True):
+        torch.testing.assert_close(state, torch.cat(list(end)))
+    with Seeded(4):
+        other, _ = stack(x)
+    assert not torch.allclose(other.data if packed else other, ours)
+
+
+def test_a_recurrent_network_with_dropout_can_be_trained_and_mapped(generator: torch.Generator) -> None:
+    model = hf.hyperize(
+        nn.GRU(4, 4, 2, dropout=0.5, batch_first=True).double(), targets="weight_*", unit=(4, 4), z_dim=2
+    )
+    params, batch_stats = model.init(generator)
+    x = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64)
+
+    def outputs(params: hf.Params, seed: Seed) -> Tensor:
+        return model.apply(params, batch_stats, x, train=True, seed=seed)[0][0]
+
+    several = tree.stack([params, model.init(generator)[0]])
+    mapped = torch.vmap(outputs)(several, torch.tensor([1, 2]))
+    grads = torch.func.grad(lambda p: outputs(p, 1).square().sum())(params)
+    assert all(bool(leaf.any()) for leaf in tree.leaves(grads.embeddings))
+    for index, seed in enumerate((1, 2)):
+        one = tree.map(lambda leaf, index=index: leaf[index], several)
+        torch.testing.assert_close(mapped[index], outputs(one, seed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
