@@ -86,12 +86,13 @@ class Conditional(NamedTuple):
             one condition, and so one network, for the whole batch.
         apply_each: `apply_each(params, batch_stats, conditions, *args, train, seed=None, **kwargs)`: a condition for
             each sample, which goes through weights of its own. Conditions and `args` are stacked along the first
-            dimension, and so are the outputs; `kwargs` are the same for all samples. In evaluation it equals a loop
-            over the samples. In training a batch norm takes mean and variance over all samples of the batch (and their
-            pixels), each sample from its own weights, and updates the one set of running statistics by them: what an
-            ordinary network does, and exactly that where all conditions are equal. A loop over samples could not do
-            that: it would normalise each sample by itself, unlike evaluation. Buffers of other kinds that a module
-            writes are those of the first sample. Under a `seed` dropout draws for each sample by itself.
+            dimension, and so are the outputs, of which the module, too, must have the samples there; `kwargs` are the
+            same for all samples. Without `args` each network's whole output is a row of the result. In evaluation it
+            equals a loop over the samples. In training a batch norm takes mean and variance over all samples of the
+            batch (and their pixels), each sample from its own weights, and updates the one set of running statistics by
+            them: what an ordinary network does, and exactly that where all conditions are equal. A loop over samples
+            could not do that: it would normalise each sample by itself, unlike evaluation. Buffers of other kinds that
+            a module writes are those of the first sample. Under a `seed` dropout draws for each sample by itself.
         at: `at(params, condition) -> Params` of `model`: the network of one condition by itself, for `materialize`,
             `save` and all else that takes a model's parameters.
         kernels: `kernels(params, condition) -> {name: tensor}`, the generated tensors.
@@ -208,6 +209,11 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
     ) -> tuple[Any, BatchStats]:
         _check_tensor("conditions", conditions)
         _check_one_a_sample(conditions, args, kwargs)
+        if getattr(model.module, "batch_first", True) is False:
+            raise ValueError(
+                f"apply_each: {type(model.module).__name__} has its samples in the second dimension; make it with "
+                "batch_first=True, or map with torch.vmap(apply)"
+            )
         # Each sample goes in as a batch of one, because a module may not know how to do without a batch.
         singles = tree.map(lambda leaf: leaf.unsqueeze(1), args)
 
@@ -219,7 +225,8 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
             index = torch.arange(len(conditions), device=conditions.device)
             outputs, new_stats = torch.vmap(one, randomness="different")(codes(params, conditions), index, singles)
         # The statistics are those of the whole batch, and so the same from every sample.
-        outputs = tree.map(lambda leaf: leaf.flatten(0, 1) if leaf.dim() > 1 else leaf, outputs)
+        if args:
+            outputs = tree.map(lambda leaf: leaf.flatten(0, 1) if leaf.dim() > 1 else leaf, outputs)
         return outputs, tree.map(lambda leaf: leaf[0].clone(), new_stats)
 
     return Conditional(init, apply, apply_each, at, kernels, weights, model, encoder)
@@ -252,7 +259,8 @@ def table(count: int) -> Encoder:
 
 def bounded(low: Sequence[float], high: Sequence[float]) -> Encoder:
     """For vectors within bounds: the code is `encode_bounded` of the vector, two numbers an entry, without parameters.
-    A vector outside of them gets the code of another one.
+    A vector outside of them gets the code of another one. Weights are then sums of functions of one entry each; where
+    entries are to act on each other, `from_module` takes a network that mixes them.
 
     A condition is a tensor of shape (len(low),).
 

@@ -328,7 +328,7 @@ def test_wrong_conditions(generator: Generator) -> None:
         ValueError, match=r"images: got float32\[4, 3, 8, 8\] by keyword for 4 conditions; .* by position"
     ):
         each(images=images)
-    assert each(images=images[:3])[0].shape == (12, 10)  # all three by the network of each condition
+    assert each(images=images[:3])[0].shape == (4, 3, 10)  # all three by the network of each condition
     for given, place in (((images, None), "1"), (((images, None),), "0/1")):
         with pytest.raises(ValueError, match=f"args: got a NoneType at {place}, expected tensors .*; give by keyword"):
             each(*given)
@@ -407,6 +407,23 @@ def test_each_sample_may_have_one_number_as_output(generator: Generator) -> None
     for index, task in enumerate(tasks):
         (_, mean), _ = model.apply(params, batch_stats, task, x[index : index + 1], train=False)
         torch.testing.assert_close(means[index], mean)
+
+
+def test_an_input_for_all_goes_whole_through_the_network_of_each(generator: Generator) -> None:
+    base = hf.hyperize(nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)), targets="0.weight", unit=(4, 2))
+    model = hf.conditional(base, conditions.table(3))
+    params, batch_stats = model.init(generator)
+    tasks, x = torch.tensor([0, 2, 1, 2]), torch.randn(9, 2, generator=generator)
+    outputs, _ = model.apply_each(params, batch_stats, tasks, input=x, train=False)
+    expected = [model.apply(params, batch_stats, task, x, train=False)[0] for task in tasks]
+    torch.testing.assert_close(outputs, torch.stack(expected))
+
+
+def test_a_module_whose_samples_are_elsewhere_is_refused(generator: Generator) -> None:
+    base = hf.hyperize(nn.GRU(2, 4), targets="weight_ih_l0", unit=(4, 2))
+    model = hf.conditional(base, conditions.table(3))
+    with pytest.raises(ValueError, match="apply_each: GRU has its samples in the second dimension; make it with"):
+        model.apply_each(*model.init(generator), torch.tensor([0, 1]), torch.zeros(2, 5, 2), train=False)
 
 
 def test_an_encoder_that_returns_no_tensor_is_named(generator: Generator) -> None:
