@@ -27,7 +27,7 @@ from hyperfunc.layers import is_linear_map
 from hyperfunc.primary import check_module, check_values, first_names, on_meta, one_thread_at_a_time, with_values
 from hyperfunc.randomness import Seed, Seeded, as_traced, drawing_layers
 from hyperfunc.residual import Block, ResNet, Shortcut, init_weights
-from hyperfunc.targets import Targets, choose
+from hyperfunc.targets import Std, Targets, choose, with_std
 from hyperfunc.tiling import Kernel, Tiling, assemble, plain_kernel, tile
 from hyperfunc.vmap_rules import VmapRules, check_mapped_training, counting_norms
 
@@ -177,12 +177,13 @@ def hyperize(
     z_dim: int = 64,
     hidden_dim: int | None = None,
     init: Init = "he",
+    std: Std = "layer",
 ) -> Model:
     """Any module as primary network, with generated weights for its convolutions and linear layers.
 
     The module is read, not changed. Parameters that are not generated start from the values that they have in it, and
-    so do its buffers; generated ones start with the mean and variance that their layer's type calls for at its fan-in
-    (see `layers.kernel_of`), whatever the module holds. All of them are in `Params`, also those with
+    so do its buffers; generated ones are drawn anew, with the mean that their layer's type calls for and the standard
+    deviation that `std` says. All of them are in `Params`, also those with
     requires_grad=False; `optim.frozen` keeps some of them fixed. A tied parameter is one tensor, under the first of its
     names. Generated kernels of convolutions lie in memory as channels_last, so that a forward which looks at one by
     itself needs `reshape` and not `view`.
@@ -197,6 +198,10 @@ def hyperize(
         z_dim: Length of an embedding.
         hidden_dim: The generator's d; z_dim where not given.
         init: See `hypernet.init_generator`.
+        std: The standard deviation that generated tensors start with. "layer": what their layer's type calls for at its
+            fan-in (see `layers.kernel_of`), whatever the module holds. "module": the one of their values in the module,
+            as for networks with an initialisation of their own, such as those with sines. Or numbers by name or glob
+            pattern, of which the last that fits counts, and the layer's where none does.
 
     Raises:
         ValueError: A target matches no parameter, or one that cannot be generated; nothing is left to generate; targets
@@ -207,6 +212,9 @@ def hyperize(
     unit, z_dim, hidden_dim = checked_sizes(unit, z_dim, hidden_dim)
     check_module(module)
     kernels = choose(module, targets, unit)
+    if init != "he" and std != "layer":
+        raise ValueError(f"std: got {std!r}, but init={init!r} draws all embeddings alike; expected init='he' with it")
+    kernels = with_std(kernels, std, module)
     values = {name: p.detach().clone() for name, p in module.named_parameters() if name not in kernels}
     buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
     check_values({**values, **buffers})
@@ -216,6 +224,8 @@ def hyperize(
 
     recipe = {"function": "hyperize", "targets": list(kernels), "unit": unit, "z_dim": z_dim}
     recipe |= {"hidden_dim": hidden_dim, "init": init}
+    if std != "layer":
+        recipe["std"] = {name: kernel.std for name, kernel in kernels.items()}
     return _make_model(
         on_meta(module),
         kernels,

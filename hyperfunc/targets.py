@@ -1,19 +1,25 @@
-"""Which parameters of a module are to be generated."""
+"""Which parameters of a module are to be generated, and how large they start."""
 
 import difflib
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from hyperfunc.arguments import matching, some
 from hyperfunc.layers import is_linear_map, is_weight, kernel_of
+from hyperfunc.primary import check_values
 from hyperfunc.tiling import Kernel
 
 Target = str | type[nn.Module]
 Targets = Target | Iterable[Target] | Callable[[str, nn.Parameter], bool]
 """Names, glob patterns, types of modules, or a predicate on (name, parameter)."""
+
+Std = Literal["layer", "module"] | Mapping[str, float]
+"""What generated tensors start with: what their layer's type calls for, what they have in the module, or numbers by
+name or glob pattern."""
 
 
 class Use(NamedTuple):
@@ -63,6 +69,34 @@ def choose(module: nn.Module, targets: Targets | None, unit: tuple[int, int]) ->
             )
         chosen = {name for target in several for name in _matches(module, uses, target)}
     return {name: _kernel(name, places, unit) for name, places in uses.items() if name in chosen}
+
+
+def with_std(kernels: Mapping[str, Kernel], std: Std, module: nn.Module) -> dict[str, Kernel]:
+    """The kernels of a module, of which those start with another standard deviation that `std` has one for.
+
+    Raises:
+        ValueError: `std` is unknown, or a name or number in it is; or it is "module", and the module is on the meta
+            device.
+    """
+    if std == "layer":
+        return dict(kernels)
+    if std == "module":
+        values = {name: module.get_parameter(name).detach() for name in kernels}
+        check_values(values)
+        # About the mean that is added to them, which for the scales of norms is 1.
+        found = {name: (values[name].double() - kernel.mean).square().mean().sqrt() for name, kernel in kernels.items()}
+        return {name: kernel._replace(std=float(found[name])) for name, kernel in kernels.items()}
+    if not isinstance(std, Mapping):
+        raise ValueError(f"std: got {std!r}, expected 'layer', 'module', or numbers by name or pattern")
+    given: dict[str, float] = {}
+    for pattern, value in std.items():
+        names = matching(kernels, pattern) if isinstance(pattern, str) else set()
+        if not names:
+            raise ValueError(f"std: {pattern!r} is none of what is generated: {some(list(kernels))}")
+        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"std: got {value!r} for {pattern}, expected a number of at least 0")
+        given |= dict.fromkeys(names, float(value))
+    return {name: kernel._replace(std=given.get(name, kernel.std)) for name, kernel in kernels.items()}
 
 
 def _check_target(target: Any) -> None:

@@ -7,7 +7,7 @@ unit, the last tiles reach over the edge and are cropped.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import einops.layers.torch  # noqa: F401  # tells torch.compile of einops, which before torch 2.8 it cannot trace
 import torch
@@ -138,11 +138,16 @@ def _runs(layers: Sequence[Layer]) -> list[list[Layer]]:
     """Consecutive layers of one layout; itertools.groupby is nothing that torch.compile can trace in torch 2.7."""
     runs: list[list[Layer]] = []
     for layer in layers:
-        if runs and runs[-1][0].kernel == layer.kernel:
+        if runs and _layout(runs[-1][0].kernel) == _layout(layer.kernel):
             runs[-1].append(layer)
         else:
             runs.append([layer])
     return runs
+
+
+def _layout(kernel: Kernel) -> tuple[Any, ...]:
+    """What counts when it is put together: all but what its units start with."""
+    return kernel.shape, kernel.plane, kernel.mean, kernel.transposed, kernel.zero_row
 
 
 def _assemble_run(layer: Layer, count: int, rows: Float[Tensor, "units cout *window cin"]) -> tuple[Tensor, ...]:

@@ -1,11 +1,14 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torchvision
 from helpers import unchecked
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 import hyperfunc as hf
-from hyperfunc.targets import Targets, choose
+from hyperfunc.targets import Targets, choose, with_std
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +209,67 @@ def test_a_parameter_without_entries_is_named() -> None:
 def test_what_is_no_module_is_named(module: object) -> None:
     with pytest.raises(ValueError, match="module: got .*, expected an instance of torch.nn.Module"):
         unchecked(hf.hyperize)(module)
+
+
+def sines() -> nn.Sequential:
+    """Small at the start, as those of Sitzmann et al. (2020)."""
+    net = nn.Sequential(nn.Linear(2, 64), nn.Linear(64, 64), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 3))
+    for number, bound in ((1, 1 / 240), (2, 1 / 24)):
+        nn.init.uniform_(net.get_parameter(f"{number}.weight"), -bound, bound)
+    nn.init.constant_(net.get_parameter("2.bias"), 0.5)
+    return net
+
+
+def test_generated_tensors_start_as_large_as_asked_for(generator: Generator, tmp_path: Path) -> None:
+    targets = ["1.weight", "2.weight", "2.bias", "3.weight"]
+    model = hf.hyperize(sines(), targets=targets, std="module", z_dim=32)
+    params, batch_stats = model.init(generator)
+    found = model.kernels(params)
+    expected = {"1.weight": 240**-1 / 3**0.5, "2.weight": 24**-1 / 3**0.5, "2.bias": 0.5, "3.weight": 0.0}
+    for name, std in expected.items():
+        offsets = found[name] - (1.0 if name == "3.weight" else 0.0)
+        assert float(offsets.square().mean().sqrt()) == pytest.approx(std, rel=0.15), name
+    hf.save(tmp_path / "model.pth", model, params, batch_stats)
+    other = sines()
+    nn.init.normal_(other.get_parameter("1.weight"))
+    assert hf.load(tmp_path / "model.pth", other)[0].tiling == model.tiling
+    given = hf.hyperize(sines(), targets=targets, std={"*.weight": 0.1, "1.weight": 0.2})
+    assert {layer.name: layer.kernel.std for layers in given.tiling.layers.values() for layer in layers} == {
+        "1.weight": 0.2,
+        "2.weight": 0.1,
+        "2.bias": 0.0,
+        "3.weight": 0.1,
+    }
+
+
+def test_layers_that_start_unequally_are_put_together_at_once(generator: Generator) -> None:
+    layers = [nn.Linear(32, 32) for _ in range(4)]
+    for number, layer in enumerate(layers, 1):
+        nn.init.normal_(layer.weight, std=0.1 * number)
+    model = hf.hyperize(nn.Sequential(*layers), targets="*.weight", std="module")
+    kernels = model.kernels(model.init(generator)[0])
+    assert len({kernel.untyped_storage().data_ptr() for kernel in kernels.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"std": {"9.*": 1.0}}, r"std: '9\.\*' is none of what is generated: 1\.weight, 2\.weight"),
+        ({"std": {"*": -1.0}}, r"std: got -1\.0 for \*, expected a number of at least 0"),
+        ({"std": {"*": float("nan")}}, r"std: got nan for \*, expected a number of at least 0"),
+        ({"std": "module", "init": "clipped-normal"}, "std: got 'module', but init='clipped-normal' draws all"),
+    ],
+)
+def test_a_wrong_standard_deviation_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        unchecked(hf.hyperize)(sines(), **options)
+
+
+def test_an_unknown_standard_deviation_is_named() -> None:
+    with pytest.raises(ValueError, match="std: got 'mean', expected 'layer', 'module', or numbers by name or pattern"):
+        unchecked(with_std)({}, "mean", sines())
+
+
+def test_values_that_are_not_there_have_no_standard_deviation() -> None:
+    with pytest.raises(ValueError, match="module: it is on the meta device, without values for 1.weight, 2.weight"):
+        hf.hyperize(sines().to("meta"), std="module")
