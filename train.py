@@ -68,6 +68,7 @@ from hyperfunc.run import (
     Progress,
     Run,
     check_finite,
+    learning_rate,
     loss_and_accuracy,
     no_metrics,
     not_finite,
@@ -236,6 +237,8 @@ def set_up(
     """
     number_format, previous = check(config, ranks, device)
     precision.set_float32_products(number_format)
+    # cuDNN tries its ways to convolve at the first step of each shape, which is before anything is captured.
+    torch.backends.cudnn.benchmark = device.type == "cuda"
     several = f", {ranks.world} ranks" if ranks.world > 1 else ""
     printer.say(f"device       {describe_device(device)}, torch {torch.__version__}{several}")
 
@@ -420,9 +423,12 @@ def make_engine(
             step(state, batch)
     step = training.scan(step, size)
     if "graph" in engine:
-        with printer.waiting("capturing"):
+        # Evaluation is compiled when it is captured.
+        with printer.waiting("compiling and capturing" if engine.startswith("compiled") else "capturing"):
             rows = tree.to(next(data.batches(draw, together * size)), run.device)
             step = capture.capture(step, state, rows)
+            if last := count % size:
+                step(state, tree.to(next(data.batches(draw, last)), run.device))  # has a graph of its own
             network = run.model.weights(run.state.params), run.state.batch_stats
             pictures = next(data.batches(run.dataset.test, run.eval_batch_size))
             if engine.startswith("compiled"):
@@ -549,7 +555,7 @@ def report(run: Run, rows: data.Draw, reporter: Reporter, bars: TrainingBars, pa
     images_per_second = pace.note(run.images_read)
     loss, accuracy = loss_and_accuracy(run.report_totals)
     run.report_totals = no_metrics(run.device)
-    rate = float(run.optimizer.learning_rate(run.state.step - 1))
+    rate = learning_rate(run)
     where = {"epoch": progress.epoch + 1, "batch": progress.batch, "step": run.steps_done}
     is_tracked = reporter.row("report", where | {"batch/loss": loss, "batch/accuracy": accuracy, "learning_rate": rate})
     shown = f"loss {loss:.4f}  accuracy {accuracy:.2f} %"
@@ -599,7 +605,7 @@ def finish_epoch(
     config, progress = run.config, run.progress
     check_finite(run)
     train_loss, train_accuracy = loss_and_accuracy(run.epoch_totals)
-    rate = float(run.optimizer.learning_rate(run.state.step - 1))
+    rate = learning_rate(run)
     network = run.state.params, calibrated(run, draw, interrupts)
     test_loss, test_accuracy = evaluate(run, network, run.dataset.test, interrupts)
     row: dict[str, float] = {

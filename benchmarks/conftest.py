@@ -12,9 +12,11 @@ from benchmarks.measure import Ceilings, measure_ceilings
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """On a GPU every benchmark waits for the device, whether it thinks of it or not."""
+    """On a GPU every benchmark waits for the device, whether it thinks of it or not, and cuDNN is told what train.py
+    tells it."""
     if torch.cuda.is_available():
         config.option.benchmark_timer = "benchmarks.measure.CLOCK"
+        torch.backends.cudnn.benchmark = True
 
 
 def device_name() -> str:

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import hyperfunc as hf
-from hyperfunc import data, optim, training, tree
+from hyperfunc import capture, data, optim, training, tree
+from hyperfunc.exits import one_line
 
 
 def main() -> int:
@@ -47,7 +49,29 @@ def main() -> int:
             failed = True
         else:
             print(f"         one training step: loss {loss:.4f}")
+            if device.type == "cuda" and (reason := why_not_compiled(device)):
+                print(
+                    f"FAILED   no compiled and captured step on {device}: {reason}; Triton needs a C compiler and "
+                    "Python's headers, as of gcc and python3-dev; train.py --engine graph does without"
+                )
+                failed = True
     return int(failed)
+
+
+def why_not_compiled(device: torch.device) -> str:
+    """What goes wrong with a step that is compiled, and on a GPU captured; '' where it gives what it should."""
+    state, batch = torch.ones(8, device=device), torch.arange(8.0, device=device)
+
+    def step(state: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        return state + batch.square(), batch.mean()
+
+    try:
+        fast = capture.capture(capture.compile_step(step, batch), state, batch)
+        found = fast(state, batch)
+    except Exception as error:  # the compiler and what it calls raise errors of many kinds
+        return one_line(error)[:200]
+    expected = step(state, batch)
+    return "" if all(map(torch.allclose, found, expected)) else f"it gave {found}, expected {expected}"
 
 
 def train_one_step(device: torch.device) -> float:

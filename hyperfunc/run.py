@@ -121,6 +121,11 @@ def loss_and_accuracy(metrics: Metrics) -> tuple[float, float]:
     return loss / count, 100 * correct / count
 
 
+def learning_rate(run: Run) -> float:
+    """Of the last step; computed on the CPU, without waiting for the device."""
+    return float(run.optimizer.learning_rate(torch.tensor(run.steps_done - 1)))
+
+
 def read_metrics(run: Run) -> None:
     """Reads the metrics of the batches that are unread, all at once, and adds them up.
 
@@ -134,13 +139,13 @@ def read_metrics(run: Run) -> None:
     run.epoch_totals = tree.map(torch.add, run.epoch_totals, sums)
     run.report_totals = tree.map(torch.add, run.report_totals, sums)
     with run.ranks.at_device():
-        losses, _, counts = (column.tolist() for column in rows)
+        losses, _, counts = torch.stack([column.double() for column in rows]).tolist()  # which waits once
     for offset, loss in enumerate(losses, 1 - len(losses)):
         if not math.isfinite(loss):
             run.progress.batch += offset
             raise FloatingPointError(not_finite(run, f"the loss is {loss} at"))
     run.unread.clear()
-    run.images_read += sum(counts)
+    run.images_read += round(sum(counts))
 
 
 def check_finite(run: Run) -> None:

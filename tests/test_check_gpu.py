@@ -58,6 +58,20 @@ def test_with_a_gpu_each_trains_a_step() -> None:
     assert done.stdout.count("one training step") == torch.cuda.device_count()
 
 
+@pytest.mark.traced
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_step_is_compiled_as_a_proof(device: str) -> None:
+    assert check_gpu.why_not_compiled(torch.device(device)) == ""
+
+
+def test_a_compiler_that_is_not_there_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_nothing(*_: object, **__: object) -> None:
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    assert check_gpu.why_not_compiled(torch.device("cpu")) == "no compiler"
+
+
 def test_gpus_are_found_on_the_pci_bus(tmp_path: Path) -> None:
     for name, vendor, kind in (
         ("01:00.0", "0x10de", "0x030200"),

@@ -10,6 +10,7 @@ from hyperfunc import optim, training
 pytestmark = [
     pytest.mark.traced,
     pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="imitates a GPU, and so is for machines without one"),
     pytest.mark.skipif(not torch.__version__.startswith("2.14."), reason="reaches into private parts of torch 2.14"),
 ]
 

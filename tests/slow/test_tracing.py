@@ -9,6 +9,7 @@ pytestmark = pytest.mark.slow
 
 FILES = (
     "capture",
+    "check_gpu",
     "compiled_norms",
     "conditions",
     "ensembles",
@@ -31,7 +32,7 @@ def test_what_is_traced_passes_without_shape_checks(files: tuple[str, ...]) -> N
         env={**os.environ, "HYPERFUNC_SHAPE_CHECKS": "off"},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
