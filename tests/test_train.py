@@ -92,7 +92,7 @@ def test_help_groups_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"\n{group}:\n" in text
     text = re.sub(r"\s+", " ", text)
     assert "30, 60 and 80 % of" in text
-    assert "of the initial parameters, the order and the augmentation (default: 0)" in text
+    assert "and of what --val-size and --train-size pick (default: 0)" in text
     assert "(default: )" not in text
 
 
