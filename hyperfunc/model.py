@@ -183,10 +183,9 @@ def hyperize(
 
     The module is read, not changed. Parameters that are not generated start from the values that they have in it, and
     so do its buffers; generated ones are drawn anew, with the mean that their layer's type calls for and the standard
-    deviation that `std` says. All of them are in `Params`, also those with
-    requires_grad=False; `optim.frozen` keeps some of them fixed. A tied parameter is one tensor, under the first of its
-    names. Generated kernels of convolutions lie in memory as channels_last, so that a forward which looks at one by
-    itself needs `reshape` and not `view`.
+    deviation that `std` says. All of them are in `Params`, also those with requires_grad=False; `optim.frozen` keeps
+    some of them fixed. A tied parameter is one tensor, under the first of its names. Generated kernels of convolutions
+    lie in memory as channels_last, so that a forward which looks at one by itself needs `reshape` and not `view`.
 
     Args:
         module: The primary network.

@@ -223,7 +223,7 @@ def _carry_out_group(
         if not isinstance(end, int):
             speakers[index].warn(f"failed: {end}")
             results.append(failed._replace(diverged=isinstance(end, FloatingPointError)))
-        elif (progress := runs[index].progress).epoch >= config.epochs:
+        elif index in runs and (progress := runs[index].progress).epoch >= config.epochs:
             last, best = (
                 progress.history[epoch - 1]["test/accuracy"] for epoch in (progress.epoch, progress.best_epoch)
             )

@@ -3,9 +3,11 @@
 import gc
 import json
 import math
+import os
 import signal
 import socket
 import statistics
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -408,6 +410,28 @@ def test_a_run_that_is_over_does_not_take_the_calibration_of_another(
         # The other has made its steps alone, and so with other rounding.
         for name, leaf in theirs.items():
             torch.testing.assert_close(ours[name], leaf, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_signal_while_runs_are_set_up_ends_them(
+    folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_up = train.set_up
+
+    def signalled(config: Any, *rest: Any) -> Any:
+        if config.seed == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+        return set_up(config, *rest)
+
+    monkeypatch.setattr(train, "set_up", signalled)
+    flags = small(
+        folder, "--epochs", "1", "--seeds", "0,1,2,3", "--seeds-per-step", "2", "--checkpoint-path", "run.pth"
+    )
+    assert run_here(*flags).returncode == 143
+    assert [path.name for path in sorted(tmp_path.glob("run.seed?.pth"))] == ["run.seed0.pth", "run.seed1.pth"]
+    monkeypatch.setattr(train, "set_up", set_up)
+    assert run_here(*flags, "--resume").returncode == 0
+    assert len(results(tmp_path / "run.population.json")) == 4
 
 
 def test_a_run_that_fails_by_itself_does_not_take_the_end_of_another(
