@@ -402,6 +402,14 @@ def steps_per_replay(run: Run) -> int:
     return min(config.steps_per_replay or REPLAYED_STEPS, full_batches, between)
 
 
+def other_lengths(run: Run, together: int) -> list[int]:
+    """How many pictures steps have that are not the full number together: a single batch, and the last of an epoch."""
+    config, every, count = run.config, parse_every(run.config.checkpoint_every), len(run.dataset.train.labels)
+    due = [count // config.batch_size, config.report_every, *([every.number] if every.unit == "batches" else [])]
+    lengths = [config.batch_size] if any(number % together for number in due) else []
+    return [*lengths, *([last] if (last := count % config.batch_size) else [])]
+
+
 def make_engine(
     engine: str, together: int, members: Sequence[Run], printer: Printer
 ) -> tuple[training.Step[training.Metrics], training.EvalStep, training.CalibrationStep | None]:
@@ -427,8 +435,8 @@ def make_engine(
         with printer.waiting("compiling and capturing" if engine.startswith("compiled") else "capturing"):
             rows = tree.to(next(data.batches(draw, together * size)), run.device)
             step = capture.capture(step, state, rows)
-            if last := count % size:
-                step(state, tree.to(next(data.batches(draw, last)), run.device))  # has a graph of its own
+            for length in other_lengths(run, together):
+                step(state, tree.to(next(data.batches(draw, length)), run.device))  # has a graph of its own
             network = run.model.weights(run.state.params), run.state.batch_stats
             pictures = next(data.batches(run.dataset.test, run.eval_batch_size))
             if engine.startswith("compiled"):

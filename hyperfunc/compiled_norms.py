@@ -70,12 +70,10 @@ def batch_norm(
     share = size / count  # of one part in the whole
     means = origin + sums * (1 / size)
     mean = (means * share).sum((0, 1, 2))
-    constant = mean.detach()
     spread = (squares - sums.square() * (1 / size)) * (1 / count)
-    # About the mean squares change least: the gradient that would go through it here is zero.
-    variance = (spread + (means - constant).square() * share).sum((0, 1, 2))
+    variance = (spread + (means - mean).square() * share).sum((0, 1, 2))
 
-    running_mean.copy_(torch.lerp(running_mean, constant, momentum))
+    running_mean.copy_(torch.lerp(running_mean, mean.detach(), momentum))
     # The running variance is the unbiased one, as in torch.
     running_var.copy_(torch.lerp(running_var, variance.detach() * (count / max(count - 1, 1)), momentum))
 
@@ -84,6 +82,7 @@ def batch_norm(
         scale = scale * weight
     # The mean as a constant, and its gradient through a term that is zero: it then is a product of sums that the
     # gradients of scale and shift need anyway, and not one more sum over all pixels.
+    constant = mean.detach()
     shift = (constant - mean) * scale
     if bias is not None:
         shift = shift + bias

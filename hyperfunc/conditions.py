@@ -209,7 +209,7 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
     ) -> tuple[Any, BatchStats]:
         _check_tensor("conditions", conditions)
         _check_one_a_sample(conditions, args, kwargs)
-        if getattr(model.module, "batch_first", True) is False:
+        if args and _has_samples_second(model.module):
             raise ValueError(
                 f"apply_each: {type(model.module).__name__} has its samples in the second dimension; make it with "
                 "batch_first=True, or map with torch.vmap(apply)"
@@ -476,6 +476,15 @@ def _check_bounds(low: float, high: float) -> None:
 def _check_tensor(name: str, conditions: Any) -> None:
     if not isinstance(conditions, Tensor):
         raise ValueError(f"{name}: got {conditions!r}, expected a tensor; make it one with torch.tensor")
+
+
+def _has_samples_second(module: nn.Module) -> bool:
+    """Whether it is one of torch's own layers for sequences in its usual form."""
+    if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
+        module = module.layers[0]
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        module = module.self_attn
+    return getattr(module, "batch_first", True) is False
 
 
 def _check_one_a_sample(conditions: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

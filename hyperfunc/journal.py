@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def go_on(
                 break
     if left_out:
         warn(f"{found_at}: {left_out} lines that are no rows of a journal were left out")
-    rows = until(_once(before), step=step, epoch=epoch)
+    rows = until(_cut_off(before), step=step, epoch=epoch)
     known = {row["epoch"] for row in rows if row["kind"] == "epoch"}
     rows += [{"kind": "epoch", **row} for row in history if row["epoch"] not in known]
     if found_at != path and path.exists():
@@ -154,26 +154,24 @@ def run_of(rows: Iterable[Row]) -> str | None:
 
 def until(rows: Iterable[Row], *, step: int, epoch: int) -> list[Row]:
     """Without the reports after `step` and the epochs after `epoch`."""
-    limits = {"step": step, "epoch": epoch}
+    last = {"report": ("step", step), "epoch": ("epoch", epoch)}
 
     def stays(row: Row) -> bool:
-        about = _about(row)
-        return about is None or about[1] <= limits[about[0]]
+        column, limit = last.get(row["kind"], ("", 0))
+        return row.get(column, 0) <= limit
 
     return [row for row in rows if stays(row)]
 
 
-def _once(rows: Sequence[Row]) -> list[Row]:
-    """Of each report and epoch the last: the earlier ones are of a run that went on before them and could not cut them
-    off."""
-    last = {_about(row): place for place, row in enumerate(rows)}
-    return [row for place, row in enumerate(rows) if _about(row) is None or last[_about(row)] == place]
-
-
-def _about(row: Row) -> tuple[str, int] | None:
-    """What a report or an epoch is about."""
-    column = {"report": "step", "epoch": "epoch"}.get(row["kind"])
-    return None if column is None else (column, row[column])
+def _cut_off(rows: Iterable[Row]) -> list[Row]:
+    """Without the reports and epochs that a run which went on from before them could not cut off."""
+    kept: list[Row] = []
+    for row in rows:
+        step = row.get("step")
+        if row["kind"] == "resume" and isinstance(step, int):
+            kept = [old for old in kept if old["kind"] not in ("report", "epoch") or old.get("step", 0) <= step]
+        kept.append(row)
+    return kept
 
 
 def _line(row: Row) -> bytes:

@@ -334,10 +334,10 @@ def make_forward(module: nn.Module) -> Forward:
             seed = as_traced(seed, next(iter(weights.values())).device)
         # functional_call writes new statistics into the tensors that it is given, so it is given copies.
         new_stats = tree.clone(batch_stats)
-        is_mapped = tree.is_mapped((weights, batch_stats, args, kwargs))
+        is_mapped = tree.is_mapped((weights, batch_stats, args, kwargs, seed))
         if train and is_mapped:
             check_mapped_training(counting)
-            new_stats = tree.mapped_with(new_stats, (weights, args, kwargs))
+            new_stats = tree.mapped_with(new_stats, (weights, args, kwargs, seed))
         values = {**{name: _safe_order(leaf, has_onednn) for name, leaf in weights.items()}, **new_stats}
         with VmapRules() if is_mapped else nullcontext(), nullcontext() if seed is None else Seeded(seed):
             # A name that the module does not know would be passed over in silence. The host takes long to look at all

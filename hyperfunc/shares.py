@@ -210,8 +210,11 @@ def _carry_out_group(
             together = [runs[index] for index in indices]
             with _noting_failure(ends, indices):
                 program.start(together, speakers[indices[0]])  # may compile for minutes, with nothing in hand yet
-                interrupts.defer()
-                make_room()
+            if indices[0] in ends:
+                continue
+            interrupts.defer()
+            make_room()
+            with _noting_failure(ends, indices):
                 started = {index: program.carry_out(runs[index], interrupts, speakers[index]) for index in indices}
                 population.in_step(started, together[0].step, [run.state for run in together], ends)
         interrupts.defer()
@@ -285,8 +288,9 @@ def _is_stopped(
 
 def _at_one_step(runs: Mapping[int, Run]) -> list[list[int]]:
     """The indices of runs that go on together: that stand at the same step, which after a kill between two saves may
-    not be all, and of which none is complete while another has its last evaluation before it."""
-    groups: dict[tuple[int, int], list[int]] = {}
+    not be all, of which none is complete while another has its last evaluation before it, and that compute alike."""
+    groups: dict[tuple[int, bool, str], list[int]] = {}
     for index, run in runs.items():
-        groups.setdefault((run.steps_done, run.progress.epoch), []).append(index)
+        position = run.steps_done, run.progress.epoch >= run.config.epochs, run.precision
+        groups.setdefault(position, []).append(index)
     return [groups[position] for position in sorted(groups)]

@@ -2,7 +2,9 @@
 
 import difflib
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
@@ -10,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from hyperfunc.arguments import matching, some
 from hyperfunc.layers import is_linear_map, is_weight, kernel_of
-from hyperfunc.primary import check_values
+from hyperfunc.primary import check_values, first_names
 from hyperfunc.tiling import Kernel
 
 Target = str | type[nn.Module]
@@ -84,18 +86,22 @@ def with_std(kernels: Mapping[str, Kernel], std: Std, module: nn.Module) -> dict
         values = {name: module.get_parameter(name).detach() for name in kernels}
         check_values(values)
         # About the mean that is added to them, which for the scales of norms is 1.
-        found = {name: (values[name].double() - kernel.mean).square().mean().sqrt() for name, kernel in kernels.items()}
-        return {name: kernel._replace(std=float(found[name])) for name, kernel in kernels.items()}
+        squares = {name: (values[name].double() - kernel.mean).square() for name, kernel in kernels.items()}
+        found = {name: float(square.mean().sqrt()) for name, square in squares.items()}
+        if bad := [name for name, value in found.items() if not math.isfinite(value)]:
+            raise ValueError(f"std: 'module' needs finite values, and those of {some(bad)} are not; initialise them")
+        return {name: kernel._replace(std=found[name]) for name, kernel in kernels.items()}
     if not isinstance(std, Mapping):
         raise ValueError(f"std: got {std!r}, expected 'layer', 'module', or numbers by name or pattern")
+    first = {name: one for name, one in first_names(module).items() if one in kernels}  # of tied ones any name will do
     given: dict[str, float] = {}
     for pattern, value in std.items():
-        names = matching(kernels, pattern) if isinstance(pattern, str) else set()
+        names = matching(first, pattern) if isinstance(pattern, str) else set()
         if not names:
             raise ValueError(f"std: {pattern!r} is none of what is generated: {some(list(kernels))}")
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        if not isinstance(value, Real) or not 0 <= value <= sys.float_info.max:
             raise ValueError(f"std: got {value!r} for {pattern}, expected a number of at least 0")
-        given |= dict.fromkeys(names, float(value))
+        given |= dict.fromkeys((first[name] for name in names), float(value))
     return {name: kernel._replace(std=given.get(name, kernel.std)) for name, kernel in kernels.items()}
 
 

@@ -44,6 +44,21 @@ def test_it_is_torchs_own(
         torch.testing.assert_close(found, expected, rtol=oracle.EXACT, atol=oracle.EXACT)
 
 
+def test_second_derivatives_are_torchs_own(generator: Generator) -> None:
+    x = torch.randn(3, 2, 2, 2, generator=generator, dtype=torch.float64)
+    cotangent = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+
+    def function(norm: object) -> Tensor:
+        def value(x: Tensor) -> Tensor:
+            running = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+            return (norm(x, *running, None, None, True) * cotangent).sum()  # pyright: ignore[reportCallIssue]
+
+        return torch.func.jacrev(torch.func.grad(value))(x)
+
+    ours, theirs = function(compiled_norms.batch_norm), function(F.batch_norm)
+    torch.testing.assert_close(ours, theirs, rtol=oracle.EXACT, atol=oracle.EXACT)
+
+
 def test_a_mean_far_from_zero_does_not_drown_the_variance(generator: Generator) -> None:
     x = 500 + 0.01 * torch.randn(64, 3, 4, 4, generator=generator)
     ours, expected = outcome(compiled_norms.batch_norm, x, True), outcome(F.batch_norm, x.double(), True)

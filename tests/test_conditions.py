@@ -420,10 +420,16 @@ def test_an_input_for_all_goes_whole_through_the_network_of_each(generator: Gene
 
 
 def test_a_module_whose_samples_are_elsewhere_is_refused(generator: Generator) -> None:
-    base = hf.hyperize(nn.GRU(2, 4), targets="weight_ih_l0", unit=(4, 2))
-    model = hf.conditional(base, conditions.table(3))
-    with pytest.raises(ValueError, match="apply_each: GRU has its samples in the second dimension; make it with"):
-        model.apply_each(*model.init(generator), torch.tensor([0, 1]), torch.zeros(2, 5, 2), train=False)
+    layer = nn.TransformerEncoderLayer(4, 1, 4, dropout=0)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    x = torch.zeros(2, 5, 4)
+    for module, target in ((nn.GRU(4, 4), "*_ih_l0"), (layer, "linear1.weight"), (encoder, "*.linear1.weight")):
+        model = hf.conditional(hf.hyperize(module, targets=target, unit=(4, 2)), conditions.table(3))
+        params, batch_stats = model.init(generator)
+        with pytest.raises(ValueError, match=r"apply_each: \w+ has its samples in the second dimension; make it with"):
+            model.apply_each(params, batch_stats, torch.tensor([0, 1]), x, train=False)
+    outputs, _ = model.apply_each(params, batch_stats, torch.tensor([0, 1, 2]), src=x, train=False)
+    assert outputs.shape == (3, 2, 5, 4)  # one input for all, as the module has it
 
 
 def test_an_encoder_that_returns_no_tensor_is_named(generator: Generator) -> None:

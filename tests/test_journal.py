@@ -122,9 +122,15 @@ def test_what_could_not_be_cut_off_on_a_full_disk_is_cut_off_by_the_next_that_go
     path = tmp_path / "run.metrics.jsonl"
     whole = rows_of_a_run("r", epochs=3)
     again = [{**row, "again": True} for row in whole if row["kind"] != "start" and row.get("epoch", 9) > 1]
-    write_rows(path, [*whole, {"kind": "resume", "run": "r"}, *again])
+    # After the first epoch, and with a report at another step than before.
+    again = [
+        {**row, "step": 4} if row.get("step") == 3 else row
+        for row in again
+        if row["kind"] == "epoch" or row["step"] != 4
+    ]
+    write_rows(path, [*whole, {"kind": "resume", "run": "r", "step": 2}, *again])
     found, _ = go_on(path, "r", step=10**6, epoch=3, history=[], warn=pytest.fail)
-    assert [row["step"] for row in found if row["kind"] == "report"] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in found if row["kind"] == "report"] == [1, 2, 4, 5, 6]
     assert [(row["epoch"], "again" in row) for row in found if row["kind"] == "epoch"] == [
         (1, False),
         (2, True),

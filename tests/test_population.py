@@ -386,11 +386,12 @@ def test_stopped_and_resumed_is_as_if_undisturbed(folder: Path, tmp_path: Path, 
     assert "; the best epoch was chosen by the test set itself, for want of --val-size." in again.stdout
 
 
-def test_a_run_that_is_over_does_not_take_the_calibration_of_another(
-    folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_signal_in_an_evaluation_takes_the_calibration_of_no_other_run(
+    folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch, epochs: int
 ) -> None:
-    """A signal in the first run's last evaluation: the other has its own before it when both are resumed."""
-    flags = small(folder, "--epochs", "1", "--calibrate", "2", "--seeds", "0,1", "--seeds-per-step", "2")
+    """The first run has done its evaluation after the first epoch, which may be the last, and the other has not."""
+    flags = small(folder, "--epochs", str(epochs), "--calibrate", "2", "--seeds", "0,1", "--seeds-per-step", "2")
     assert run_here(*flags, "--checkpoint-path", "whole.pth").returncode == 0
     evaluate = train.evaluate
 
@@ -404,12 +405,10 @@ def test_a_run_that_is_over_does_not_take_the_calibration_of_another(
         assert run_here(*flags, "--checkpoint-path", "run.pth").returncode == 143
     assert [checkpoint.load(tmp_path / f"run.seed{s}.pth").notes["progress"]["epoch"] for s in (0, 1)] == [1, 0]
     resumed = run_here(*flags, "--checkpoint-path", "run.pth", "--resume")
-    assert (resumed.returncode, resumed.stdout.count("nothing to do")) == (0, 1)
+    assert (resumed.returncode, resumed.stdout.count("nothing to do")) == (0, int(epochs == 1))
     for seed in (0, 1):
         ours, theirs = (checkpoint.load(tmp_path / f"{name}.seed{seed}.pth").tensors for name in ("run", "whole"))
-        # The other has made its steps alone, and so with other rounding.
-        for name, leaf in theirs.items():
-            torch.testing.assert_close(ours[name], leaf, rtol=1e-3, atol=1e-4, msg=name)
+        assert_trees_equal(ours, theirs)
 
 
 def test_a_signal_while_runs_are_set_up_ends_them(
@@ -432,6 +431,22 @@ def test_a_signal_while_runs_are_set_up_ends_them(
     monkeypatch.setattr(train, "set_up", set_up)
     assert run_here(*flags, "--resume").returncode == 0
     assert len(results(tmp_path / "run.population.json")) == 4
+
+
+def test_runs_that_compute_in_other_precisions_do_not_share_a_step(
+    folder: Path, tmp_path: Path, run_here: RunHere
+) -> None:
+    """As where one of them was begun on a GPU, whose bf16 it keeps."""
+    flags = small(folder, "--checkpoint-path", "run.pth", "--seeds", "0,1", "--seeds-per-step", "2")
+    assert run_here(*flags, "--epochs", "1").returncode == 0
+    path = tmp_path / "run.seed0.pth"
+    found = checkpoint.load(path)
+    found.notes["environment"]["precision"] = "bf16"
+    hf.files.write_tensors(path, found.tensors, {"format": checkpoint.FORMAT, "notes": found.notes})
+    done = run_here(*flags, "--epochs", "2", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "seed0  engine       eager, bf16" in done.stdout
+    assert "seed1  engine       eager, fp32" in done.stdout
 
 
 def test_a_run_that_fails_by_itself_does_not_take_the_end_of_another(

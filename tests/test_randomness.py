@@ -345,9 +345,27 @@ def test_a_recurrent_network_with_dropout_can_be_trained_and_mapped(generator: t
     mapped = torch.vmap(outputs)(several, torch.tensor([1, 2]))
     grads = torch.func.grad(lambda p: outputs(p, 1).square().sum())(params)
     assert all(bool(leaf.any()) for leaf in tree.leaves(grads.embeddings))
+    by_seed = torch.vmap(outputs, in_dims=(None, 0))(params, torch.tensor([1, 2]))
     for index, seed in enumerate((1, 2)):
         one = tree.map(lambda leaf, index=index: leaf[index], several)
         torch.testing.assert_close(mapped[index], outputs(one, seed))
+        torch.testing.assert_close(by_seed[index], outputs(params, seed))
+
+
+def test_a_batch_norm_behind_a_dropout_has_statistics_for_each_seed(generator: torch.Generator) -> None:
+    layers = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 2)).double()
+    model = hf.hyperize(layers, targets="0.weight", unit=(4, 4), z_dim=2)
+    params, batch_stats = model.init(generator)
+    x = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+
+    def results(seed: Seed) -> tuple[Tensor, hf.BatchStats]:
+        return model.apply(params, batch_stats, x, train=True, seed=seed)
+
+    outputs, stats = torch.vmap(results)(torch.tensor([1, 2]))
+    for index, seed in enumerate((1, 2)):
+        output, own = results(seed)
+        torch.testing.assert_close(outputs[index], output)
+        torch.testing.assert_close({name: leaf[index] for name, leaf in stats.items()}, own)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

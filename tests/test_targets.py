@@ -270,6 +270,20 @@ def test_an_unknown_standard_deviation_is_named() -> None:
         unchecked(with_std)({}, "mean", sines())
 
 
+def test_values_that_are_not_finite_have_no_standard_deviation() -> None:
+    net = sines()
+    nn.init.constant_(net.get_parameter("2.weight"), float("nan"))
+    with pytest.raises(ValueError, match="std: 'module' needs finite values, and those of 2.weight are not"):
+        hf.hyperize(net, std="module")
+
+
+def test_a_tied_tensor_is_told_how_large_it_starts_by_any_of_its_names() -> None:
+    net = nn.ModuleDict({"embed": nn.Embedding(8, 4), "head": nn.Linear(4, 8, bias=False)})
+    net.get_submodule("head").weight = net.get_submodule("embed").weight
+    model = hf.hyperize(net, targets="head.weight", unit=(4, 4), std={"head.weight": 1})
+    assert [layer.kernel.std for layers in model.tiling.layers.values() for layer in layers] == [1.0]
+
+
 def test_values_that_are_not_there_have_no_standard_deviation() -> None:
     with pytest.raises(ValueError, match="module: it is on the meta device, without values for 1.weight, 2.weight"):
         hf.hyperize(sines().to("meta"), std="module")
