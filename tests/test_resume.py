@@ -240,7 +240,7 @@ def test_auto_keeps_the_precision_that_a_run_has_had(folder: Path, tmp_path: Pat
 
 def test_the_scale_of_the_loss_follows_the_ranks(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
     """Several ranks take the gradient of a sum over the batch, and so have a scale that is smaller by its length."""
-    flags = small(folder, "--precision", "fp16", "--sync-bn", "--checkpoint-path", "run.pth")
+    flags = small(folder, "--precision", "fp16", "--sync-bn", "--train-size", "8", "--checkpoint-path", "run.pth")
     assert run_here(*flags, "--epochs", "1").returncode == 0
     scale = checkpoint.load(tmp_path / "run.pth").tensors["state/opt_state/scale"]
     as_of_two = {"state/opt_state/scale": scale / 8}
