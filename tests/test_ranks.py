@@ -180,6 +180,7 @@ def test_calibrated_statistics_are_means_over_ranks(flags: list[str], tmp_path: 
         assert not torch.equal(first[name], second[name])
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_end(
     whole: tuple[Path, str], flags: list[str], start: Start, mark: str, tmp_path: Path
 ) -> None:
@@ -199,6 +200,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_end(
     assert shown(tmp_path / "run.metrics.jsonl") == shown(whole[0] / "run.metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_a_hung_rank_is_named_within_the_timeout(flags: list[str], start: Start, mark: str, tmp_path: Path) -> None:
     # Without a launcher, as other programs start ranks; it would end the hung one, too.
     with socket.socket() as free:
@@ -224,6 +226,7 @@ def test_a_hung_rank_is_named_within_the_timeout(flags: list[str], start: Start,
     assert second.returncode == 1
 
 
+@pytest.mark.slow
 def test_stopped_on_two_ranks_and_resumed_on_one(
     flags: list[str],
     start: Start,
