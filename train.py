@@ -162,9 +162,10 @@ def farewell(number: int, config: Config) -> str:
     if distributed.rank_of_environment():
         exit_at_once(number)  # rank 0 says it
     path = config.checkpoint_path
-    there = f"the checkpoint {path} is as it was" if os.path.exists(path) else "nothing was saved yet"
     if config.seeds or config.sweep:
         there = "what was saved before is as it was"
+    else:
+        there = f"the checkpoint {path} is as it was" if os.path.exists(path) else "nothing was saved yet"
     return f"stopped by {signal.Signals(number).name} before training began; {there}"
 
 
@@ -396,18 +397,21 @@ def choose_engine(run: Run, printer: Printer) -> str:
 
 def steps_per_replay(run: Run) -> int:
     """Steps in one CUDA graph: no more than lie between two things that are due."""
+    return min(run.config.steps_per_replay or REPLAYED_STEPS, *steps_between(run))
+
+
+def steps_between(run: Run) -> list[int]:
+    """How many steps of full batches lie between two of the things that are due: epochs, reports, saves by batches."""
     config, every = run.config, parse_every(run.config.checkpoint_every)
-    between = min(config.report_every, every.number if every.unit == "batches" else config.report_every)
     full_batches = len(run.dataset.train.labels) // config.batch_size
-    return min(config.steps_per_replay or REPLAYED_STEPS, full_batches, between)
+    return [full_batches, config.report_every, *([every.number] if every.unit == "batches" else [])]
 
 
 def other_lengths(run: Run, together: int) -> list[int]:
     """How many pictures steps have that are not the full number together: a single batch, and the last of an epoch."""
-    config, every, count = run.config, parse_every(run.config.checkpoint_every), len(run.dataset.train.labels)
-    due = [count // config.batch_size, config.report_every, *([every.number] if every.unit == "batches" else [])]
-    lengths = [config.batch_size] if any(number % together for number in due) else []
-    return [*lengths, *([last] if (last := count % config.batch_size) else [])]
+    size, last = run.config.batch_size, len(run.dataset.train.labels) % run.config.batch_size
+    single = any(number % together for number in steps_between(run))
+    return [*([size] if single else []), *([last] if last else [])]
 
 
 def make_engine(

@@ -164,12 +164,12 @@ def until(rows: Iterable[Row], *, step: int, epoch: int) -> list[Row]:
 
 
 def _cut_off(rows: Iterable[Row]) -> list[Row]:
-    """Without the reports and epochs that a run which went on from before them could not cut off."""
+    """Without what a run that went on from before it could not cut off."""
     kept: list[Row] = []
     for row in rows:
-        step = row.get("step")
-        if row["kind"] == "resume" and isinstance(step, int):
-            kept = [old for old in kept if old["kind"] not in ("report", "epoch") or old.get("step", 0) <= step]
+        step, epoch = row.get("step"), row.get("epoch")
+        if row["kind"] == "resume" and isinstance(step, int) and isinstance(epoch, int):
+            kept = until(kept, step=step, epoch=epoch)
         kept.append(row)
     return kept
 

@@ -131,11 +131,11 @@ def in_step(
         for index in members:
             advance(index, None)
         while asked:
-            ended = [ends[index] for index in members if index in ends]
-            codes = [end for end in ended if isinstance(end, int) and end > AFTER_SIGNAL]
-            if codes:
+            ended = map(ends.get, members)
+            signals = [end - AFTER_SIGNAL for end in ended if isinstance(end, int) and end > AFTER_SIGNAL]
+            if signals:
                 for index in list(asked):
-                    advance(index, Interrupted(codes[0] - AFTER_SIGNAL))
+                    advance(index, Interrupted(signals[0]))
                 continue
             anyone = next(iter(asked.values()))
             before = together

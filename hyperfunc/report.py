@@ -203,7 +203,7 @@ def start_reporting(run: Run, printer: Printer, *, paints: bool) -> Reporter:
     writer = Journal(journal_path, printer.warn)
     writer.write(
         "resume" if resumed else "start",
-        {"run": progress.run, "step": run.steps_done, "config": dataclasses.asdict(config)}
+        {"run": progress.run, "step": run.steps_done, "epoch": progress.epoch, "config": dataclasses.asdict(config)}
         | {"environment": run.environment},
     )
     painter = Painter(printer.warn)

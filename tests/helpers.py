@@ -1,5 +1,6 @@
 """Small tools of the tests."""
 
+import copy
 import itertools
 import os
 import signal
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 import hyperfunc as hf
-from hyperfunc import checkpoint, data, distributed, training
+from hyperfunc import checkpoint, data, distributed, files, training
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -155,3 +156,11 @@ def small(folder: Path, *flags: str) -> list[str]:
 
 def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def forged(path: Path, change: Callable[[dict[str, Any]], None], tensors: dict[str, Tensor] | None = None) -> None:
+    """A checkpoint whose checksum is right, with other notes in it."""
+    found = checkpoint.load(path)
+    notes = copy.deepcopy(found.notes)
+    change(notes)
+    files.write_tensors(path, found.tensors | (tensors or {}), {"format": checkpoint.FORMAT, "notes": notes})

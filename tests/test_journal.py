@@ -128,7 +128,7 @@ def test_what_could_not_be_cut_off_on_a_full_disk_is_cut_off_by_the_next_that_go
         for row in again
         if row["kind"] == "epoch" or row["step"] != 4
     ]
-    write_rows(path, [*whole, {"kind": "resume", "run": "r", "step": 2}, *again])
+    write_rows(path, [*whole, {"kind": "resume", "run": "r", "step": 2, "epoch": 1}, *again])
     found, _ = go_on(path, "r", step=10**6, epoch=3, history=[], warn=pytest.fail)
     assert [row["step"] for row in found if row["kind"] == "report"] == [1, 2, 4, 5, 6]
     assert [(row["epoch"], "again" in row) for row in found if row["kind"] == "epoch"] == [

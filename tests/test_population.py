@@ -19,6 +19,7 @@ from helpers import (
     assert_refused,
     assert_trees_equal,
     calibrated_again,
+    forged,
     interrupt_train,
     make_folder,
     names_in,
@@ -439,10 +440,7 @@ def test_runs_that_compute_in_other_precisions_do_not_share_a_step(
     """As where one of them was begun on a GPU, whose bf16 it keeps."""
     flags = small(folder, "--checkpoint-path", "run.pth", "--seeds", "0,1", "--seeds-per-step", "2")
     assert run_here(*flags, "--epochs", "1").returncode == 0
-    path = tmp_path / "run.seed0.pth"
-    found = checkpoint.load(path)
-    found.notes["environment"]["precision"] = "bf16"
-    hf.files.write_tensors(path, found.tensors, {"format": checkpoint.FORMAT, "notes": found.notes})
+    forged(tmp_path / "run.seed0.pth", lambda notes: notes["environment"].update(precision="bf16"))
     done = run_here(*flags, "--epochs", "2", "--resume")
     assert done.returncode == 0, done.stderr
     assert "seed0  engine       eager, bf16" in done.stdout

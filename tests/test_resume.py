@@ -1,12 +1,10 @@
 """What a run leaves beside others, and what it goes on from."""
 
-import copy
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from helpers import (
     RunHere,
     assert_refused,
     assert_trees_equal,
+    forged,
     make_folder,
     names_in,
     run_train,
@@ -26,7 +25,7 @@ from helpers import (
 
 import hyperfunc as hf
 import train
-from hyperfunc import checkpoint, files, journal
+from hyperfunc import checkpoint, journal
 from hyperfunc.files import lock_for
 
 
@@ -124,16 +123,6 @@ def test_a_folder_that_is_gone_when_a_signal_comes(folder: Path, tmp_path: Path)
 
 
 # What is gone on from
-
-
-def forged(
-    path: Path, change: Callable[[dict[str, Any]], None], tensors: dict[str, torch.Tensor] | None = None
-) -> None:
-    """A checkpoint whose checksum is right, with other notes in it."""
-    found = checkpoint.load(path)
-    notes = copy.deepcopy(found.notes)
-    change(notes)
-    files.write_tensors(path, found.tensors | (tensors or {}), {"format": checkpoint.FORMAT, "notes": notes})
 
 
 @pytest.mark.parametrize(
