@@ -47,6 +47,7 @@ from hyperfunc import (
     data,
     distributed,
     launch,
+    optim,
     population,
     precision,
     run_file,
@@ -278,7 +279,8 @@ def set_up(
     printer.say(f"model        {describe_model(config, model, state.params)}")
     ran_as: dict[str, Any] = {"precision": number_format} | ({"ranks": ranks.world} if ranks.world > 1 else {})
     selection = "the held-out pictures" if dataset.val else "the test set itself, for want of --val-size"
-    printer.say(f"best model   chosen by accuracy on {selection}")
+    mean = "of averaged parameters, " if config.ema_decay else ""
+    printer.say(f"best model   {mean}chosen by accuracy on {selection}")
     run = Run(
         config=config,
         ranks=ranks,
@@ -618,7 +620,7 @@ def finish_epoch(
     check_finite(run)
     train_loss, train_accuracy = loss_and_accuracy(run.epoch_totals)
     rate = learning_rate(run)
-    network = run.state.params, calibrated(run, draw, interrupts)
+    network = network_to_evaluate(run, draw, interrupts)
     test_loss, test_accuracy = evaluate(run, network, run.dataset.test, interrupts)
     row: dict[str, float] = {
         "epoch": progress.epoch + 1,
@@ -695,16 +697,17 @@ def stop(run: Run, number: int, reporter: Reporter) -> int:
     return AFTER_SIGNAL + number
 
 
-def calibrated(run: Run, draw: data.Draw, interrupts: Interrupts) -> BatchStats:
-    """The statistics to evaluate by: the running ones, under --calibrate after the first full batches of the epoch once
-    more.
+def network_to_evaluate(run: Run, draw: data.Draw, interrupts: Interrupts) -> tuple[Params, BatchStats]:
+    """The parameters, under --ema-decay their mean, and the statistics to evaluate them by: the running ones, under
+    --calibrate after the first full batches of the epoch once more.
 
     Raises:
         Interrupted: A signal came.
     """
     state, calibration_step = run.state, run.calibration_step
+    params = optim.average(state.opt_state, state.params) if run.config.ema_decay else state.params
     if calibration_step is None:
-        return state.batch_stats
+        return params, state.batch_stats
 
     def step(network: Any, batch: data.Draw) -> Any:
         with run.ranks.at_device():
@@ -713,7 +716,7 @@ def calibrated(run: Run, draw: data.Draw, interrupts: Interrupts) -> BatchStats:
     full = len(draw.picture) // run.config.batch_size
     batches = itertools.islice(data.batches(draw, run.config.batch_size), min(run.config.calibrate, full))
     batches = until_signal(run, batches, interrupts)
-    return run.ranks.mean(training.calibrate(run.model, state.params, state.batch_stats, batches, step=step))
+    return params, run.ranks.mean(training.calibrate(run.model, params, state.batch_stats, batches, step=step))
 
 
 def until_signal(run: Run, batches: Iterator[Any], interrupts: Interrupts) -> Iterator[Any]:

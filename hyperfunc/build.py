@@ -61,6 +61,8 @@ def build_optimizer(config: Config, steps_per_epoch: int, number_format: Precisi
         optimizer = optim.sgd(schedule, weight_decay=weight_decay)
     else:
         optimizer = optim.adam(schedule, weight_decay=weight_decay, decoupled=config.optimizer == "adamw")
+    if config.ema_decay:
+        optimizer = optim.averaged(optimizer, config.ema_decay)
     return optim.scaled(optimizer, first=first_scale(config, world)) if number_format == "fp16" else optimizer
 
 

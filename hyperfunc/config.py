@@ -194,6 +194,16 @@ class Config:
         5, "optimization", "of the cosine schedule; at most a tenth of the run", at_least=0, at_most=10**6, shapes=True
     )
 
+    ema_decay: float = option(
+        0,
+        "optimization",
+        "of an exponential moving average (EMA) of the parameters, which then is evaluated and kept as the best model: "
+        "0.99 for example, with --calibrate 40; 0 means none",
+        at_least=0,
+        at_most=0.999999,
+        shapes=True,
+    )
+
     checkpoint_path: str = option("./hypernetworks_cifar_gpu.pth", "checkpoint", "the one file that holds the run")
     checkpoint_every: str = option(
         "1",
@@ -240,6 +250,11 @@ def check_config(config: Config) -> None:
         raise ValueError(f"--checkpoint-path: {error}") from None
     if path.name in ("", "..") or config.checkpoint_path.endswith(os.sep) or is_something_else:
         raise ValueError(f"--checkpoint-path: got {config.checkpoint_path!r}, expected the path of a file")
+    if config.ema_decay and not config.calibrate:
+        raise ValueError(
+            f"--ema-decay: got {config.ema_decay:g} with --calibrate 0, and the running statistics of batch norms are "
+            "not those of averaged parameters; give --calibrate 40, for example"
+        )
     if config.seeds or config.sweep:
         members = [member for _, member in runs_of(config)]
         if config.resume and not any(member.resume for member in members):

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,8 @@ from hyperfunc.arguments import matching, some
 
 Names = str | Iterable[str] | Callable[[str], bool]
 """Leaves of a pytree: glob patterns of their paths, as `tree.named_leaves` gives them, or a predicate on a path."""
+
+T = TypeVar("T")
 
 Schedule = Callable[[Tensor], Tensor]
 """From the number of steps done, a 0-dimensional integer tensor, to the learning rate, 0-dimensional float64."""
@@ -36,6 +38,20 @@ class Momentum(NamedTuple):
     """The momentum buffer of SGD, over all parameters as one vector."""
 
     m: Float[Tensor, "params"]
+
+
+class Averaged(NamedTuple):
+    """The state of an optimizer under `averaged`.
+
+    Attributes:
+        mean: Of the parameters after each update so far, over all of them as one vector, of 32 bits at least.
+        weight: The sum of what these count for.
+        inner: The optimizer's own state.
+    """
+
+    mean: Float[Tensor, "params"]
+    weight: Float[Tensor, ""]
+    inner: Any
 
 
 class Scaled(NamedTuple):
@@ -190,10 +206,7 @@ def scaled(optimizer: Optimizer, *, first: float = 2.0**16, grow_after: int = 20
         device = tree.leaves(params)[0].device
         scale = torch.full((), first, dtype=torch.float32, device=device)
         inner = optimizer.init(tree.ravel(params)[0] if optimizer.elementwise else params)
-        if isinstance(inner, Scaled):
-            raise ValueError(
-                "optimizer: got a scaled one, whose gradients would be divided twice; leave one scaled out"
-            )
+        _check_not_scaled(inner, "whose gradients would be divided twice; leave one scaled out")
         return Scaled(scale, torch.zeros((), dtype=torch.int64, device=device), inner)
 
     def update(grads: Any, opt_state: Scaled, params: Any, step: Int[Tensor, ""]) -> tuple[Any, Scaled]:
@@ -218,8 +231,8 @@ def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
     larger (Pascanu, Mikolov and Bengio 2013, arXiv 1211.5063, section 3.2); equal to
     `torch.nn.utils.clip_grad_norm_`.
 
-    The order of those that go around another is `frozen(scaled(clipped(adam(...)), ...))`: the norm is then that of the
-    gradients themselves, not scaled, and of those that count.
+    The order of those that go around another is `scaled(averaged(frozen(clipped(adam(...), ...), ...)))`: the norm is
+    then that of the gradients themselves, not scaled, and of those that count.
 
     Args:
         optimizer: What the gradients go to. Its own weight decay is not counted to their norm.
@@ -234,11 +247,7 @@ def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
 
     def init(params: Any) -> Any:
         opt_state = optimizer.init(params)
-        if isinstance(opt_state, Scaled):
-            raise ValueError(
-                "optimizer: got a scaled one, whose gradients are not those of the loss; expected the other way round, "
-                "scaled(clipped(...))"
-            )
+        _check_not_scaled(opt_state, "whose gradients are not those of the loss; expected scaled(clipped(...))")
         return opt_state
 
     def update(grads: Any, opt_state: Any, params: Any, step: Int[Tensor, ""]) -> tuple[Any, Any]:
@@ -249,6 +258,79 @@ def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
         return unravel(new_theta), opt_state
 
     return Optimizer(init, update, optimizer.learning_rate, optimizer.elementwise)
+
+
+def averaged(optimizer: Optimizer, decay: float = 0.99) -> Optimizer:
+    """`optimizer`, and beside it the exponential moving average (EMA) of the parameters, which `average` gives.
+
+    At a learning rate that is not yet small the parameters wander about what they would tend to, and their mean is a
+    better network than any of them (Polyak and Juditsky 1992; Izmailov et al. 2018, arXiv 1803.05407). The training
+    itself is what it would be without. Of t updates the i-th counts for (1 - decay) decay^(t - i), over the sum of
+    these, so that nothing is left of the parameters at the start; updates that `scaled` leaves out do not count.
+
+    The running statistics of batch norms are those of the parameters of each step, and not of their mean, for which
+    `training.calibrate` finds them:
+
+        optimizer = optim.averaged(optim.adam(0.002))
+        ...
+        params = optim.average(state.opt_state, state.params)
+        batch_stats = training.calibrate(model, params, state.batch_stats, batches)
+
+    Args:
+        optimizer: What trains. It may be `frozen`; around an averaged one, that would leave a mean of a part alone.
+        decay: In [0, 1); about 1 / (1 - decay) of the last updates count.
+
+    Raises:
+        ValueError: `optimizer` is none of this module's, or `decay` is out of its range. Its `init` raises one where
+            `optimizer` is a scaled one.
+    """
+    check_optimizer(optimizer)
+    _check_fraction("decay", decay)
+
+    def init(params: Any) -> Averaged:
+        inner = optimizer.init(params)
+        _check_not_scaled(inner, "whose scale a step would not find; expected scaled(averaged(...))")
+        theta, _ = tree.ravel(params)
+        mean = theta.to(torch.promote_types(theta.dtype, torch.float32), copy=True)
+        return Averaged(mean, mean.new_zeros(()), inner)
+
+    def update(grads: Any, opt_state: Averaged, params: Any, step: Int[Tensor, ""]) -> tuple[Any, Averaged]:
+        g, _ = tree.ravel(grads)
+        theta, unravel = tree.ravel(params)
+        _check_state(opt_state, Averaged, theta)
+        theta, inner = _update_vectors(optimizer, g, opt_state.inner, theta, step, unravel)
+        weight = decay * opt_state.weight + (1 - decay)
+        mean = torch.lerp(opt_state.mean, theta.to(opt_state.mean.dtype), (1 - decay) / weight)
+        return unravel(theta), Averaged(mean, weight, inner)
+
+    return Optimizer(init, update, optimizer.learning_rate, optimizer.elementwise)
+
+
+def average(opt_state: Any, params: T) -> T:
+    """A copy of the mean of the parameters that an optimizer under `averaged` has kept; before its first update, the
+    parameters as they were. For an ensemble, map it: `torch.vmap(average)(state.opt_state, state.params)`.
+
+    Args:
+        opt_state: The optimizer's state.
+        params: The parameters that go with it.
+
+    Raises:
+        ValueError: The state holds no such mean, or one of other parameters.
+    """
+    if isinstance(opt_state, Scaled):
+        opt_state = opt_state.inner
+    if not isinstance(opt_state, Averaged):
+        raise ValueError(
+            f"opt_state: got a {type(opt_state).__name__}, expected that of an optimizer under averaged, as "
+            "averaged(adam(0.002))"
+        )
+    theta, unravel = tree.ravel(params)
+    if opt_state.mean.shape != theta.shape:
+        raise ValueError(
+            f"opt_state: got a mean of shape {tuple(opt_state.mean.shape)} for {len(theta):,} parameters; expected "
+            "averaged to go around frozen, and torch.vmap(average) for the members of an ensemble"
+        )
+    return unravel(opt_state.mean.to(theta.dtype, copy=True))
 
 
 def frozen(optimizer: Optimizer, names: Names) -> Optimizer:
@@ -447,8 +529,13 @@ def _check_state(opt_state: Any, kind: type, theta: Tensor) -> None:
         )
 
 
-def _check_fraction(name: str, value: float) -> None:
-    if not 0 <= value < 1:
+def _check_not_scaled(opt_state: Any, reason: str) -> None:
+    if isinstance(opt_state, Scaled):
+        raise ValueError(f"optimizer: got a scaled one, {reason}")
+
+
+def _check_fraction(name: str, value: Any) -> None:
+    if not _is_finite(value) or not 0 <= value < 1:
         raise ValueError(f"{name}: got {value}, expected at least 0 and less than 1")
 
 

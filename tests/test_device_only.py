@@ -47,6 +47,7 @@ ADAM = optim.adam(optim.cosine(0.002, 100, warmup=10), weight_decay=5e-4)
 KINDS: dict[str, tuple[hf.Model, Optimizer, dict[str, Any]]] = {
     "adam": (hf.hyper_resnet(10), ADAM, {}),
     "the loss scaled, as for fp16": (hf.hyper_resnet(10), optim.scaled(ADAM), {}),
+    "a mean of the parameters": (hf.hyper_resnet(10), optim.averaged(ADAM), {}),
     "decay of generated kernels": (hf.hyper_resnet(10), ADAM, {"decay": "generated", "weight_decay": 1e-4}),
     "other blocks": (hf.hyper_resnet(10, shortcut="conv", block="pre"), ADAM, {}),
     "dropout": (dropping_out(), ADAM, {}),
@@ -68,7 +69,7 @@ def test_training_steps(kind: str) -> None:
 def test_a_step_of_an_objective(each: bool) -> None:
     """A condition, dropout, and all that goes around an optimizer."""
     model = hf.conditional(dropping_out(), hf.conditions.bounded([0, 0], [1, 1]))
-    optimizer = optim.frozen(optim.scaled(optim.clipped(ADAM, 1.0)), "model/primary/*")
+    optimizer = optim.scaled(optim.averaged(optim.frozen(optim.clipped(ADAM, 1.0), "model/primary/*")))
     apply = model.apply_each if each else model.apply
 
     def objective(params: Any, batch_stats: Any, batch: Any, seed: Any) -> Any:

@@ -54,7 +54,7 @@ def test_a_step_of_an_ensemble(precision: Precision, tolerance: float, generator
     model = hf.hyper_resnet(10, z_dim=4)
     optimizer = optim.sgd(0.1)
     if precision == "fp16":
-        optimizer = optim.scaled(optimizer, first=2.0**12)  # the largest gradient is near 1
+        optimizer = optim.scaled(optim.averaged(optimizer), first=2.0**12)  # the largest gradient is near 1
     members = hf.ensemble(model, MEMBERS)
     state = tree.to(ensembles.init_state(members, optimizer, generator), CUDA)
     step = training.make_train_step(model, optimizer, precision=precision)

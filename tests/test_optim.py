@@ -242,7 +242,7 @@ def test_clipping_under_a_scale_is_that_of_the_gradients_themselves(elementwise:
     ours = optim.scaled(inner, first=2.0**10)
     found, _ = ours.update(tree.map(lambda leaf: leaf * 2.0**10, grads), ours.init(params), params, torch.tensor(0))
     torch.testing.assert_close(found, expected)
-    with pytest.raises(ValueError, match=r"optimizer: got a scaled one, .* expected the other way round, scaled\(clip"):
+    with pytest.raises(ValueError, match=r"optimizer: got a scaled one, .* expected scaled\(clipped\("):
         optim.clipped(optim.scaled(optim.sgd(0.1)), 0.5).init(params)
 
 
@@ -303,6 +303,100 @@ def test_what_is_no_name_is_refused() -> None:
         unchecked(optim.frozen)(optim.sgd(0.1), 3)
     with pytest.raises(ValueError, match=r"names: got a Tensor, expected a glob pattern"):
         unchecked(optim.frozen)(optim.sgd(0.1), ["a", torch.ones(1)])
+
+
+@pytest.mark.parametrize("elementwise", [True, False])
+def test_the_mean_of_the_parameters_weighs_each_update_by_its_age(elementwise: bool, generator: Generator) -> None:
+    inner = optim.adam(0.01, weight_decay=0.1)._replace(elementwise=elementwise)
+    ours = optim.averaged(inner, 0.9)
+    params, loss = problem(generator)
+    state, expected, expected_state, seen = ours.init(params), params, inner.init(params), list[Tensor]()
+    assert tree.equal(optim.average(state, params), params)
+    for step in range(STEPS):
+        grads = torch.func.grad(loss)(params)
+        params, state = ours.update(grads, state, params, torch.tensor(step))
+        expected, expected_state = inner.update(grads, expected_state, expected, torch.tensor(step))
+        seen.append(tree.ravel(params)[0])
+        weights = 0.9 ** torch.arange(step, -1, -1, dtype=torch.float64)
+        mean = (weights @ torch.stack(seen)) / weights.sum()
+        torch.testing.assert_close(tree.ravel(optim.average(state, params))[0], mean, rtol=1e-12, atol=1e-12)
+    assert tree.equal((params, state.inner), (expected, expected_state))
+
+
+def test_updates_that_overflow_count_for_nothing_in_the_mean(generator: Generator) -> None:
+    ours = optim.scaled(optim.averaged(optim.frozen(optim.clipped(optim.sgd(0.1), 0.5), "b"), 0.5), first=8.0)
+    params, _ = problem(generator)
+    grads = tree.map(torch.ones_like, params)
+    state = ours.init(params)
+    first, state = ours.update(grads, state, params, torch.tensor(0))
+    assert tree.equal(optim.average(state, first), first)
+    same, state = ours.update(grads | {"a": grads["a"] * math.inf}, state, first, torch.tensor(1))
+    assert tree.equal((same, optim.average(state, same)), (first, first))
+    last, state = ours.update(grads, state, same, torch.tensor(2))
+    mean = tree.map(lambda early, late: (early + 2 * late) / 3, first, last)
+    torch.testing.assert_close(optim.average(state, last), mean)
+    assert torch.equal(mean["b"], params["b"])
+
+
+def test_the_mean_of_parameters_in_16_bits_is_kept_in_32() -> None:
+    ours = optim.averaged(optim.sgd(1.0, momentum=0.0), 0.999)
+    params = {"a": torch.full((1,), 256, dtype=torch.bfloat16)}
+    state = ours.init(params)
+    for step in range(100):
+        params, state = ours.update({"a": params["a"] * 0 - 2}, state, params, torch.tensor(step))
+    weights = 0.999 ** torch.arange(99, -1, -1)
+    expected = (weights @ torch.arange(258.0, 458.0, 2)) / weights.sum()
+    torch.testing.assert_close(state.mean, expected.view(1))
+    found = optim.average(state, params)["a"]
+    assert (found.dtype, found) == (torch.bfloat16, expected.bfloat16())
+
+
+def test_the_mean_of_each_member_of_an_ensemble(generator: Generator) -> None:
+    ours = optim.averaged(optim.adam(0.1), 0.5)
+    params = {"a": torch.randn(3, 2, generator=generator), "b": torch.randn(3, 2, 2, generator=generator)}
+    state = torch.vmap(ours.init)(params)
+    for step in range(3):
+        grads = tree.map(lambda leaf: torch.randn(leaf.shape, generator=generator), params)
+        params, state = torch.vmap(ours.update)(grads, state, params, torch.full((3,), step))
+    found = torch.vmap(optim.average)(state, params)
+    for index in range(3):
+        one = tree.map(lambda leaf, index=index: leaf[index], (state, params))
+        assert tree.equal(optim.average(*one), tree.map(lambda leaf, index=index: leaf[index], found))
+    with pytest.raises(ValueError, match=r"opt_state: got a mean of shape \(3, 6\) for 18 parameters; expected .*vmap"):
+        optim.average(state, params)
+
+
+@pytest.mark.traced
+def test_a_compiled_update_keeps_the_mean(generator: Generator) -> None:
+    optimizer = optim.scaled(optim.averaged(optim.frozen(optim.adam(0.01), "b"), 0.5), first=8.0)
+    params, loss = problem(generator)
+    given = torch.func.grad(loss)(params), optimizer.init(params), params, torch.tensor(0)
+    compiled = torch.compile(optimizer.update, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*given), optimizer.update(*given))
+
+
+def test_the_mean_is_a_copy() -> None:
+    """A captured step writes over its state."""
+    ours, params = optim.averaged(optim.sgd(0.1)), {"a": torch.ones(2)}
+    state = ours.init(params)
+    before = tree.clone((state, params))
+    optim.average(state, params)["a"].zero_()
+    ours.update(params, state, params, torch.tensor(0))
+    assert tree.equal((state, params), before)
+
+
+def test_a_mean_that_cannot_be() -> None:
+    params = {"a": torch.ones(2), "b": torch.ones(3)}
+    for decay in (1.0, -0.1, math.nan, None):
+        with pytest.raises(ValueError, match=f"decay: got {decay}, expected at least 0 and less than 1"):
+            unchecked(optim.averaged)(optim.sgd(0.1), decay)
+    with pytest.raises(ValueError, match=r"optimizer: got a scaled one, .* expected scaled\(averaged\("):
+        optim.averaged(optim.scaled(optim.sgd(0.1))).init(params)
+    with pytest.raises(ValueError, match="opt_state: got a Momentum, expected that of an optimizer under averaged"):
+        optim.average(optim.scaled(optim.sgd(0.1)).init(params), params)
+    within = optim.frozen(optim.averaged(optim.sgd(0.1)), "a")
+    with pytest.raises(ValueError, match=r"opt_state: got a mean of shape \(3,\) for 5 .* to go around frozen"):
+        optim.average(within.init(params), params)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, math.inf, math.nan, None])

@@ -316,6 +316,7 @@ def test_seeds_are_the_single_runs_with_checkpoint_journal_and_table(
 ) -> None:
     """Held-out pictures are other ones for every seed, and so is the normalization."""
     flags = small(folder, "--epochs", "1", "--val-size", "4", "--report-every", "1", "--calibrate", "2")
+    flags += ["--ema-decay", "0.5"]
     done = run_here(*flags, "--seeds", "3,5", "--seeds-per-step", "2", "--checkpoint-path", "run.pth", drawn=True)
     assert done.returncode == 0, done.stderr
     of_runs = [f"run.seed{seed}{ending}" for seed in (3, 5) for ending in (".metrics.jsonl", ".pth")]

@@ -91,7 +91,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         *("--no-wandb", "--depth", "10", "--dataset", "folder", "--data-dir", str(path), "--batch-size", "6"),
         *("--report-every", "4", "--timeout", "5", "--checkpoint-every", "3b", "--checkpoint-path", "run.pth"),
-        *("--calibrate", "2"),
+        *("--calibrate", "2", "--ema-decay", "0.5"),
     ]
 
 

@@ -319,17 +319,17 @@ def test_a_path_that_utf_8_does_not_hold(folder: Path, tmp_path: Path, run_here:
 def test_a_signal_during_the_calibration_loses_nothing(
     folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calibrated = train.calibrated
+    network_to_evaluate = train.network_to_evaluate
 
     def stop_first(run: Any, draw: Any, interrupts: Any) -> Any:
         interrupts.received = 15
-        return calibrated(run, draw, interrupts)
+        return network_to_evaluate(run, draw, interrupts)
 
     flags = small(folder, "--epochs", "1", "--calibrate", "3")
     assert run_here(*flags, "--checkpoint-path", "whole.pth").returncode == 0
-    monkeypatch.setattr(train, "calibrated", stop_first)
+    monkeypatch.setattr(train, "network_to_evaluate", stop_first)
     assert run_here(*flags, "--checkpoint-path", "run.pth").returncode == 143
-    monkeypatch.setattr(train, "calibrated", calibrated)
+    monkeypatch.setattr(train, "network_to_evaluate", network_to_evaluate)
     done = run_here(*flags, "--checkpoint-path", "run.pth", "--resume")
     assert done.returncode == 0, done.stderr
     ours, theirs = (checkpoint.load(tmp_path / f"{name}.pth").tensors for name in ("run", "whole"))

@@ -116,6 +116,7 @@ def test_help_groups_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         (["--z-dim", "0"], "--z-dim: got 0"),
         (["--seed", "-1"], "--seed: got -1"),
         (["--val-size", "-1"], "--val-size: got -1"),
+        (["--ema-decay", "0.9"], "--ema-decay: got 0.9 with --calibrate 0, and the running statistics"),
         (["--seed", "9" * 30], "--seed: got 9"),
         (["--dataset", "mnist"], "argument --dataset: invalid choice: 'mnist'"),
         (["--optimizer", "lion"], "argument --optimizer: invalid choice: 'lion'"),
@@ -239,18 +240,28 @@ def test_the_best_model_in_the_checkpoint_has_the_accuracy_that_was_printed(
     assert loss_and_accuracy(metrics)[1] == pytest.approx(row["test/accuracy"])
 
 
+@pytest.mark.parametrize("ema_decay", ["0", "0.5"])
 def test_calibrated_statistics_are_evaluated_and_kept_with_the_best(
-    folder: Path, tmp_path: Path, run_here: RunHere
+    folder: Path, tmp_path: Path, run_here: RunHere, ema_decay: str
 ) -> None:
+    """With the mean of the parameters, where one is kept; the training is as it would be without."""
     flags = small(folder, "--epochs", "1", "--seed", "7")
-    for name, more in (("running", []), ("run", ["--calibrate", "3"])):
+    for name, more in (("running", []), ("run", ["--calibrate", "3", "--ema-decay", ema_decay])):
         done = run_here(*flags, "--checkpoint-path", f"{name}.pth", *more)
         assert done.returncode == 0, done.stderr
-    ours, running = state_of(tmp_path / "run.pth"), state_of(tmp_path / "running.pth")
-    trained = {path: leaf for path, leaf in ours.items() if path.startswith("state/")}
-    assert_trees_equal(trained, {path: leaf for path, leaf in running.items() if path.startswith("state/")})
+    ours, running = (
+        {path.replace("/inner/", "/"): leaf for path, leaf in state_of(tmp_path / name).items()}
+        for name in ("run.pth", "running.pth")
+    )
+    trained = {path for path in running if path.startswith("state/")}
+    assert_trees_equal({path: ours[path] for path in trained}, {path: running[path] for path in trained})
 
     model, params, batch_stats = hf.load(tmp_path / "run.pth")
+    if float(ema_decay):
+        mean, _ = tree.ravel(params)
+        last, _ = tree.ravel(checkpoint.restore(checkpoint.load(tmp_path / "run.pth"), "state/params", params))
+        assert torch.equal(mean, ours["state/opt_state/mean"])
+        assert 0 < (mean - last).norm() < 0.1 * last.norm()
     assert_trees_equal(batch_stats, calibrated_again(tmp_path / "run.pth", folder, 3))
     dataset = data.load_dataset("folder", folder)
     step = training.make_eval_step(model, load=data.make_eval_load(data.measure(dataset.train)))
