@@ -61,7 +61,7 @@ from hyperfunc.build import build_model, build_optimizer, describe_model
 from hyperfunc.config import Config, Every, parse_args, parse_every, runs_of
 from hyperfunc.console import Printer, TrainingBars
 from hyperfunc.environment import describe_device, environment
-from hyperfunc.exits import AFTER_SIGNAL, EXIT_BAD_INPUT, EXIT_FAILED, one_line
+from hyperfunc.exits import AFTER_SIGNAL, EXIT_BAD_INPUT, EXIT_FAILED, explain, one_line
 from hyperfunc.interrupt import Interrupted, Interrupts, exit_at_once, ignore
 from hyperfunc.model import BatchStats, Params
 from hyperfunc.report import Reporter, start_reporting
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 interrupts.leave_word = ranks.withdraw
                 if apart:
                     program = shares.Program(check, set_up, start_engine, partial(carry_out, paints=False))
-                    return shares.carry_out(program, config, ranks, device, interrupts, printer)
+                    return shares.train_all(program, config, ranks, device, interrupts, printer)
                 with run_file.locked(config, ranks):
                     speaker = printer if ranks.rank == 0 else Printer(mute=True)
                     run = set_up(config, ranks, device, speaker)
@@ -123,16 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             printer.warn(f"train.py: {one_line(error)}")
             return EXIT_BAD_INPUT
-        except torch.OutOfMemoryError as error:
-            printer.warn(f"train.py: the device is out of memory, try a smaller --batch-size: {one_line(error)}")
-            return EXIT_FAILED
-        except (OSError, FloatingPointError) as error:
-            printer.warn(f"train.py: {one_line(error)}")
-            return EXIT_FAILED
-        except (RuntimeError, MemoryError) as error:
-            if os.environ.get("HYPERFUNC_TRACEBACK"):
-                raise
-            printer.warn(f"train.py: {type(error).__name__}: {one_line(error)} (HYPERFUNC_TRACEBACK=1 shows where)")
+        except (OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+            printer.warn(f"train.py: {explain(error)}")
             return EXIT_FAILED
 
 
@@ -181,7 +173,8 @@ def devices_of(config: Config) -> list[torch.device]:
     Raises:
         ValueError: They are not there.
     """
-    visible = 0 if config.device == "cpu" else torch.cuda.device_count()
+    on_cpu = config.device == "cpu" or launch.parse_devices(config.devices)[0] == "cpu"
+    visible = 0 if on_cpu else launch.visible_gpus()
     return launch.choose_devices(config.devices, config.device, visible)
 
 
@@ -295,7 +288,7 @@ def set_up(
             "decay": config.decay,
             "weight_decay": config.weight_decay if config.decay == "generated" else 0.0,
         },
-        eval_step=training.make_eval_step(model, load=data.make_eval_load(normalization), precision=number_format),
+        eval_step=training.make_eval_step(model, load=load_to_evaluate, precision=number_format),
         data_digest=digest,
         normalization=normalization,
         environment=environment(device, Path(__file__).parent) | ran_as,
@@ -311,6 +304,13 @@ def set_up(
     return run
 
 
+def load_to_evaluate(batch: tuple[data.Images, data.Normalization]) -> tuple[Tensor, Tensor]:
+    """Pictures and labels of one of `evaluation_batches`. The normalization comes with it, so that one compiled and
+    captured step evaluates runs that are trained on different pictures."""
+    images, normalization = batch
+    return data.make_eval_load(normalization)(images)
+
+
 def make_step(members: Sequence[Run]) -> training.Step[training.Metrics]:
     """The step as it is, of one run or of several at once; with it the training pictures come to the device, once for
     all runs that share them."""
@@ -318,7 +318,7 @@ def make_step(members: Sequence[Run]) -> training.Step[training.Metrics]:
     if len(members) > 1:
         load = population.make_load([one.dataset.train for one in members], [one.normalization for one in members])
         for index, one in enumerate(members):
-            one.load = population.load_of_member(load, index)
+            one.load, one.rows_of = load, partial(population.rows_of_member, index)
         return population.map_side_by_side(
             training.make_train_step(run.model, run.optimizer, load=load, **run.objective)
         )
@@ -344,8 +344,7 @@ def start_engine(members: Sequence[Run], printer: Printer) -> None:
     if run.progress.epoch >= config.epochs:
         return
     if config.calibrate:
-        for one in members:
-            one.calibration_step = training.make_calibration_step(one.model, load=one.load, precision=one.precision)
+        run.calibration_step = training.make_calibration_step(run.model, load=run.load, precision=run.precision)
     engine = choose_engine(run, printer)
     together = steps_per_replay(run) if "graph" in engine else 1
     started = time.perf_counter()
@@ -367,9 +366,8 @@ def start_engine(members: Sequence[Run], printer: Printer) -> None:
             printer.warn(f"the engine {failed} does not work here, going on with {engine}: {reason}")
     step, eval_step, calibration_step = made
     for one in members:
-        one.step, one.steps_per_replay, one.progress.engine = step, together, engine
-        if one.normalization is run.normalization:
-            one.eval_step, one.calibration_step = eval_step, calibration_step
+        one.step, one.eval_step, one.calibration_step = step, eval_step, calibration_step
+        one.steps_per_replay, one.progress.engine = together, engine
     details = [engine, run.precision]
     if "graph" in engine:
         details.append(f"{together} steps a graph")
@@ -393,7 +391,7 @@ def choose_engine(run: Run, printer: Printer) -> str:
         is_long = steps >= COMPILE_FROM_STEPS or pictures >= COMPILE_FROM_PICTURES
         engine = "compiled" if is_long else "eager"
     if before not in ("", engine):
-        printer.warn(f"the engine is {engine} and was {before} so far: the end may differ by rounding from what it was")
+        printer.warn(f"the engine is {engine} and was {before} so far: results may differ by rounding")
     return engine
 
 
@@ -410,7 +408,7 @@ def steps_between(run: Run) -> list[int]:
 
 
 def other_lengths(run: Run, together: int) -> list[int]:
-    """How many pictures steps have that are not the full number together: a single batch, and the last of an epoch."""
+    """How many rows, beside those of a full replay, get a graph of their own: one batch, and the last of an epoch."""
     size, last = run.config.batch_size, len(run.dataset.train.labels) % run.config.batch_size
     single = any(number % together for number in steps_between(run))
     return [*([size] if single else []), *([last] if last else [])]
@@ -440,16 +438,17 @@ def make_engine(
         # Evaluation is compiled when it is captured.
         with printer.waiting("compiling and capturing" if engine.startswith("compiled") else "capturing"):
             rows = tree.to(next(data.batches(draw, together * size)), run.device)
-            step = capture.capture(step, state, rows)
-            for length in other_lengths(run, together):
-                step(state, tree.to(next(data.batches(draw, length)), run.device))  # has a graph of its own
+            with run.ranks.at_device():
+                step = capture.capture(step, state, rows)
+                for length in other_lengths(run, together):
+                    step(state, tree.to(next(data.batches(draw, length)), run.device))  # has a graph of its own
             network = run.model.weights(run.state.params), run.state.batch_stats
-            pictures = next(data.batches(run.dataset.test, run.eval_batch_size))
+            pictures = next(evaluation_batches(run, run.dataset.test))
             if engine.startswith("compiled"):
                 eval_step = capture.compile_step(eval_step, pictures)
             eval_step = capture.capture_evaluation(eval_step, network, pictures)
             if calibration_step is not None:
-                rows = tree.to(next(data.batches(draws[0], size)), run.device)
+                rows = run.rows_of(tree.to(next(data.batches(draws[0], size)), run.device))
                 if engine.startswith("compiled"):
                     calibration_step = capture.compile_step(calibration_step, rows)
                 calibration_step = capture.capture(calibration_step, network, rows)
@@ -590,10 +589,11 @@ def show_histograms(run: Run, rows: data.Draw, reporter: Reporter) -> None:
     the step, the run goes on without."""
     params = run.state.params
     try:
-        trees = {"parameters": params, "kernels": run.model.kernels(params)}
-        last_batch = data.Draw(*(column[-run.config.batch_size :] for column in rows))
-        gradients = training.make_gradients(run.model, load=run.load, **run.objective)
-        reporter.histograms(run.steps_done, trees | {"gradients": gradients(run.state, last_batch)})
+        last_batch = run.rows_of(data.Draw(*(column[-run.config.batch_size :] for column in rows)))
+        gradients = training.make_gradients(run.model, load=run.load, **run.objective)(run.state, last_batch)
+        if reporter.tracker is not None:
+            trees = {"parameters": params, "kernels": run.model.kernels(params), "gradients": gradients}
+            reporter.histograms(run.steps_done, trees)
     except (RuntimeError, MemoryError) as error:
         if run.ranks.world > 1:
             raise  # the others wait for what this one was to add
@@ -709,14 +709,20 @@ def network_to_evaluate(run: Run, draw: data.Draw, interrupts: Interrupts) -> tu
     if calibration_step is None:
         return params, state.batch_stats
 
-    def step(network: Any, batch: data.Draw) -> Any:
+    def step(network: Any, batch: Any) -> Any:
         with run.ranks.at_device():
             return calibration_step(network, batch)
 
     full = len(draw.picture) // run.config.batch_size
     batches = itertools.islice(data.batches(draw, run.config.batch_size), min(run.config.calibrate, full))
-    batches = until_signal(run, batches, interrupts)
+    batches = until_signal(run, map(run.rows_of, batches), interrupts)
     return params, run.ranks.mean(training.calibrate(run.model, params, state.batch_stats, batches, step=step))
+
+
+def evaluation_batches(run: Run, images: data.Images) -> Iterator[tuple[data.Images, data.Normalization]]:
+    """This rank's part of what is evaluated at once, with what it is normalized by."""
+    for whole in data.batches(images, run.eval_batch_size * run.ranks.world):
+        yield run.ranks.part(whole), run.normalization
 
 
 def until_signal(run: Run, batches: Iterator[Any], interrupts: Interrupts) -> Iterator[Any]:
@@ -740,8 +746,8 @@ def evaluate(
         Interrupted: A signal came.
         FloatingPointError: The loss is not finite.
     """
-    wholes = until_signal(run, data.batches(images, run.eval_batch_size * run.ranks.world), interrupts)
-    metrics = training.evaluate(run.model, *network, map(run.ranks.part, wholes), eval_step=run.eval_step)
+    batches = until_signal(run, evaluation_batches(run, images), interrupts)
+    metrics = training.evaluate(run.model, *network, batches, eval_step=run.eval_step)
     loss, accuracy = loss_and_accuracy(run.ranks.sum(metrics))
     if not math.isfinite(loss):
         raise FloatingPointError(not_finite(run, f"the loss is {loss} in the evaluation after"))

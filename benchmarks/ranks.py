@@ -11,7 +11,6 @@ import statistics
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 import hyperfunc as hf
-from benchmarks.cases import make_training, pictures, with_engine
+from benchmarks.cases import STEPS_A_REPLAY, Race, make_training, pictures, with_engine
 from benchmarks.measure import seconds
 from hyperfunc import distributed, launch, precision, sync_norm, tree
 
@@ -57,11 +56,10 @@ def measure(program: "argparse.Namespace", ranks: int) -> dict[str, Any]:
         return json.loads(found.read_text())
 
 
-def make_step(
-    ranks: distributed.Ranks, device: torch.device, program: argparse.Namespace, *, reduced: bool
-) -> Callable[[], object]:
-    """A function that trains for one step at each call, with this rank's part of the batch."""
-    given = pictures(device, program.batch_size)
+def make_step(ranks: distributed.Ranks, device: torch.device, program: argparse.Namespace, *, reduced: bool) -> Race:
+    """Training with this rank's part of each batch."""
+    steps = STEPS_A_REPLAY if "graph" in program.engine else 1
+    given = pictures(device, steps * program.batch_size)
     model = hf.hyper_resnet(40, program.width)
     if program.sync_bn and reduced:
         model = sync_norm.synchronize(model)
@@ -74,7 +72,7 @@ def make_step(
         nonlocal state
         state, _ = step(state, next(draws))
 
-    return run
+    return Race(run, steps)
 
 
 def rank_main(program: argparse.Namespace) -> None:
@@ -82,19 +80,20 @@ def rank_main(program: argparse.Namespace) -> None:
     device = torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # as train.py has it
     with distributed.joined(device, 300, lambda: None, say) as ranks:
         params, batch_stats = hf.hyper_resnet(40, program.width).init(torch.Generator().manual_seed(0))
         numbers = tree.num_params((params, batch_stats)) + 4
         buffers = [torch.zeros(size, device=device) for size in (1, numbers, LARGE_BYTES // 4)]
         repeat = 20 if device.type == "cuda" else 1
 
-        def rounds(call: Callable[[], object], count: int) -> list[float]:
+        def rounds(race: Race, count: int) -> list[float]:
             for _ in range(3):
-                call()
+                race.call()
             times: list[float] = []
             for _ in range(count):
                 dist.barrier()
-                times.append(seconds(call, repeat))
+                times.append(seconds(race.call, repeat) / race.steps)
             return times
 
         compute = rounds(make_step(ranks, device, program, reduced=False), program.rounds)
@@ -113,7 +112,7 @@ def rank_main(program: argparse.Namespace) -> None:
             found["step"] = rounds(make_step(ranks, device, program, reduced=True), program.rounds)
             for name, buffer in zip(("one_number", "buffer", "large"), buffers, strict=True):
                 found[f"reduce_{name}"] = statistics.median(
-                    rounds(lambda buffer=buffer: dist.all_reduce(buffer), 100 if buffer.numel() < 10**6 else 10)
+                    rounds(Race(lambda buffer=buffer: dist.all_reduce(buffer)), 100 if buffer.numel() < 10**6 else 10)
                 )
         if ranks.rank == 0:
             Path(program.rank).write_text(json.dumps(found))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import hyperfunc as hf
+from benchmarks.ranks import LARGE_BYTES
 
 NORMS = 37
 """Batch norms of depth 40."""
@@ -50,7 +51,7 @@ def fit(found: Sequence[dict[str, Any]]) -> Pieces:
     # On two ranks each sends half of the bytes, and then the other half: 2 (W - 1) / W is one.
     first = found[0]
     row = row_bytes(first["width"])
-    return Pieces(max(0.0, float(fixed)), float(per_picture), latency, 2**26 / large, first["bytes"], row)
+    return Pieces(max(0.0, float(fixed)), float(per_picture), latency, LARGE_BYTES / large, first["bytes"], row)
 
 
 def row_bytes(width: int) -> int:

@@ -49,10 +49,14 @@ class Config:
 
     epochs: int = option(200, "run", "passes over the training set", at_least=1, at_most=10**6)
     batch_size: int = option(
-        128, "run", "pictures per step; the last batch of an epoch may be smaller", at_least=1, shapes=True
+        128,
+        "run",
+        "pictures per step, of all ranks together; the last batch of an epoch may be smaller",
+        at_least=1,
+        shapes=True,
     )
     eval_batch_size: int = option(
-        0, "run", "pictures at once in evaluation; 0 means 1000 on a GPU and 100 on the CPU", at_least=0
+        0, "run", "pictures at once in evaluation, of each rank; 0 means 1000 on a GPU and 100 on the CPU", at_least=0
     )
     calibrate: int = option(
         0,
@@ -73,7 +77,8 @@ class Config:
     engine: Literal["auto", "eager", "compiled", "graph", "compiled-graph"] = option(
         "auto",
         "run",
-        "how a step runs; auto is compiled-graph on a GPU; on the CPU it is compiled for runs long enough to earn that",
+        "how a step runs: eager; compiled by torch.compile; graph, captured as a CUDA graph; compiled-graph, both. "
+        "auto is compiled-graph on a GPU; on the CPU it is compiled for runs long enough to earn that, else eager",
     )
     steps_per_replay: int = option(
         0,
@@ -91,8 +96,8 @@ class Config:
     devices: str = option(
         "auto",
         "ranks",
-        "auto takes every GPU that is seen; 2: the first two; 0,1: those; cpu:2: two ranks on the CPU; torchrun's own "
-        "number of ranks comes first",
+        "auto takes every GPU that is seen; 2: the first two; 0,1: those; cpu:2: two ranks on the CPU; under torchrun "
+        "its number of ranks counts",
         metavar="auto|N|I,J|cpu:N",
         check=launch.parse_devices,
     )
@@ -121,8 +126,8 @@ class Config:
     seeds_per_step: int = option(
         0,
         "population",
-        "runs that differ in nothing but the seed and share a step; 0 means 1 on the CPU, and on a GPU as many as "
-        f"there are, up to {SEEDS_PER_STEP}",
+        "runs that differ in nothing but the seed and share a step; 0 means 1 on the CPU, and on a GPU its share of "
+        f"the runs, up to {SEEDS_PER_STEP}",
         at_least=0,
         at_most=1024,
     )

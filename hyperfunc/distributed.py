@@ -205,7 +205,7 @@ class Group:
         Raises:
             RankLost: They differ; the message names a rank that differs and its first leaf or note that does.
         """
-        digests = {path: digest(leaf) for path, leaf in tree.named_leaves(state).items()}
+        digests = {path: digest(leaf) for path, leaf in tree.named_leaves(tree.fetch(state)).items()}
         digests |= {name: _short(repr(value).encode()) for name, value in (notes or {}).items()}
         if not dist.is_initialized():  # ranks that are apart
             gathered = [json.loads(text) for text in self._watch.gather(json.dumps(digests))]

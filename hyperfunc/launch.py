@@ -43,6 +43,21 @@ def parse_devices(text: str) -> tuple[str, list[int] | int | None]:
     )
 
 
+def visible_gpus() -> int:
+    """How many GPUs torch sees; without a driver that counts them, 0.
+
+    Raises:
+        ValueError: It sees some and can use none, as with a driver that is too old for it.
+    """
+    count = torch.cuda.device_count()
+    if count and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device: torch sees {count} GPUs, but can use none; python -m hyperfunc.check_gpu says why, "
+            "--device cpu does without"
+        )
+    return count
+
+
 def choose_devices(devices: str, kind: str, visible: int) -> list[torch.device]:
     """The devices on this machine, one a rank.
 
@@ -136,8 +151,8 @@ def launch(program: str, argv: Sequence[str], ranks: int, *, max_restarts: int, 
 
     handed_on = signals_to_hand_on()
     environment = {
-        # Ranks that all compute with all cores would only wait for each other.
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
+        # Ranks that all compute with all cores would only wait for each other. Torch knows how many are this process's.
+        "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // ranks)),
         # Whoever loses the store says so in a line, without what torch's own code has to say of it.
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         **os.environ,

@@ -78,13 +78,9 @@ def make_load(images: Sequence[data.Images], normalizations: Sequence[data.Norma
     return load
 
 
-def load_of_member(load: Load, index: int) -> Load:
-    """What `make_load` has built, for draws of that member alone."""
-
-    def own(draw: data.Draw) -> tuple[Tensor, Tensor]:
-        return load(Rows(draw.picture, draw.top, draw.left, draw.flip, torch.full_like(draw.picture, index)))
-
-    return own
+def rows_of_member(index: int, draw: data.Draw) -> Rows:
+    """What `load` of `make_load` takes, for a draw of that member alone."""
+    return Rows(*draw, torch.full_like(draw.picture, index))
 
 
 def in_step(

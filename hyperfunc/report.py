@@ -48,7 +48,7 @@ class Reporter:
     Args:
         printer: For the lines.
         journal: For the rows.
-        painter: For the picture.
+        painter: For the picture; None draws none.
         picture: Where the picture is.
         title: What stands above it.
         tracker: For the rows, or None.
@@ -63,7 +63,7 @@ class Reporter:
         self,
         printer: Printer,
         journal: Journal,
-        painter: Painter,
+        painter: Painter | None,
         picture: Path,
         title: str,
         tracker: Tracker | None,
@@ -107,7 +107,8 @@ class Reporter:
 
     def paint(self, epochs: list[Row]) -> None:
         """Draws the curves anew, in a process of their own."""
-        self._painter.paint(epochs, self._title, self._picture)
+        if self._painter is not None:
+            self._painter.paint(epochs, self._title, self._picture)
 
     def histograms(self, step: int, trees: Mapping[str, Any]) -> None:
         """Hands histograms of every leaf of some named pytrees to the tracker."""
@@ -123,7 +124,8 @@ class Reporter:
             give_up: Asked again and again while there is something to wait for.
         """
         stopped = code > AFTER_SIGNAL
-        self._painter.close(0 if stopped else LAST_PICTURE_SECONDS, give_up)
+        if self._painter is not None:
+            self._painter.close(0 if stopped else LAST_PICTURE_SECONDS, give_up)
         if self.tracker is not None:
             self.tracker.finish(code, STOP_SECONDS if stopped else PATIENCE_SECONDS, give_up)
             self._note_end_of_tracking()
@@ -168,10 +170,8 @@ def start_reporting(run: Run, printer: Printer, *, paints: bool) -> Reporter:
     """Opens what stands beside the checkpoint, and starts or continues the run on Weights & Biases."""
     config, progress = run.config, run.progress
     if run.ranks.rank:
-        painter = Painter(printer.warn)
-        painter.close(0)
         nowhere = Path(os.devnull)
-        return Reporter(printer, Journal(nowhere, printer.warn), painter, nowhere, "", None, (0, 0))
+        return Reporter(printer, Journal(nowhere, printer.warn), None, nowhere, "", None, (0, 0))
     path = Path(config.checkpoint_path).resolve()
     journal_path, picture = journal.path_of(path), beside(path, ".png")
     resumed, rows, before = run.owns_path, [], []
@@ -206,9 +206,7 @@ def start_reporting(run: Run, printer: Printer, *, paints: bool) -> Reporter:
         {"run": progress.run, "step": run.steps_done, "epoch": progress.epoch, "config": dataclasses.asdict(config)}
         | {"environment": run.environment},
     )
-    painter = Painter(printer.warn)
-    if not paints:
-        painter.close(0)
+    painter = Painter(printer.warn) if paints else None
     reporter = Reporter(printer, writer, painter, picture, title, tracker, handed)
     if tracker is not None:
         # What was shown while there was no tracking, because it was turned off or had failed.

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,11 @@ class Run:
     unread: list[Metrics] = field(default_factory=list)
     """Of the batches after those, a row for each; reading them means waiting for the device."""
     calibration_step: training.CalibrationStep | None = None
-    """Of a batch that `load` takes; made with the engine, None without --calibrate."""
+    """Of a batch for `load`; made with the engine, None without --calibrate."""
     load: training.Load = field(init=False)
-    """Makes the pictures of a batch; made with `step`."""
+    """Makes the pictures of a batch of `rows_of` a draw; made with `step`."""
+    rows_of: Callable[[data.Draw], Any] = field(default=lambda draw: draw)
+    """Says whose a draw is where several runs share `load`."""
     steps_per_replay: int = 1
     """Batches that `step` is given at once, wherever nothing is due between them."""
     saved: bool = True

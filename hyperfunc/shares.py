@@ -20,7 +20,7 @@ from hyperfunc import population, sweep
 from hyperfunc.config import SEEDS_PER_STEP, Config, runs_of
 from hyperfunc.console import Printer
 from hyperfunc.distributed import Alone, Apart, RankLost, Ranks, digest
-from hyperfunc.exits import AFTER_SIGNAL, EXIT_FAILED, one_line
+from hyperfunc.exits import AFTER_SIGNAL, EXIT_FAILED, explain
 from hyperfunc.files import beside
 from hyperfunc.interrupt import Interrupts
 from hyperfunc.run import Run, flags_to_compare
@@ -49,7 +49,7 @@ class Program:
     carry_out: Callable[[Run, Interrupts, Printer], population.Member]
 
 
-def carry_out(
+def train_all(
     program: Program, config: Config, ranks: Ranks, device: torch.device, interrupts: Interrupts, printer: Printer
 ) -> int:
     """Trains the runs that `--seeds` and `--sweep` ask for, spread over the ranks, and shows what came out of them;
@@ -65,8 +65,8 @@ def carry_out(
 
     Raises:
         ValueError: A flag is not what it should be, a checkpoint is not what `--resume` asks for, another process is
-            writing to the same table, or no run could begin, all for one reason. Nothing has begun.
-        OSError: The table cannot be written.
+            writing to the same table, or no run could begin, all for one reason of that kind. Nothing has begun.
+        OSError: The same for a reason of another kind; or the table cannot be written.
     """
     members, table = runs_of(config), _table_of(config)
     with locked_file(table, ranks):
@@ -81,10 +81,12 @@ def carry_out(
         kinds = {"the runs": [sweep.name_of(flags) for flags, _ in members], "the runs in one step": at_once}
         ranks.compare({}, {**flags_to_compare(config), "--sweep": ""} | kinds)
         make_room = partial(_clear_table, table, config, ranks, printer) if ranks.rank == 0 else _do_nothing
-        code, results, has_begun = _carry_out_share(program, share, ranks, device, interrupts, printer, make_room)
-        reasons = {result.failed for result in results}
+        code, results, has_begun = _train_share(program, share, ranks, device, interrupts, printer, make_room)
+        reasons = {(result.refused, result.failed) for result in results}
         if not has_begun and len(results) == len(members) and len(reasons) == 1:
-            raise ValueError(reasons.pop())  # as of a single run: wrong data, say, is not the fault of each
+            # As of a single run: wrong data, say, is not the fault of each.
+            is_refused, reason = reasons.pop()
+            raise ValueError(reason) if is_refused else OSError(reason)
         if ranks.rank == 0 and len(results) == len(members):
             order = {member.checkpoint_path: place for place, (_, member) in enumerate(members)}
             results.sort(key=lambda result: order[result.checkpoint])
@@ -100,7 +102,7 @@ def _do_nothing() -> None:
 
 
 def launch(config: Config, start: Callable[[], int]) -> int:
-    """Starts ranks that each `carry_out` a population, and returns the exit code of it all.
+    """Starts ranks that `train_all` of a population, and returns the exit code of it all.
 
     To a launcher a rank that fails is one to start again; but a run that diverged would only do so again. So these
     ranks end well in spite of it, and whether a run has failed is read from their table.
@@ -129,7 +131,7 @@ def _clear_table(table: Path, config: Config, ranks: Ranks, printer: Printer) ->
         printer.say(f"kept a table of earlier runs as {kept}")
 
 
-def _carry_out_share(
+def _train_share(
     program: Program,
     share: Sequence[Sequence[sweep.Planned]],
     ranks: Ranks,
@@ -150,7 +152,7 @@ def _carry_out_share(
         interrupts.defer()  # the others save theirs, and this rank waits for them
     for group in share:
         if own.agree(interrupts.received) is None:
-            found, own_pictures = _carry_out_group(program, group, own, device, interrupts, printer, make_room)
+            found, own_pictures = _train_group(program, group, own, device, interrupts, printer, make_room)
             results += found
             pictures |= own_pictures
     number = own.agree(interrupts.received)
@@ -181,7 +183,7 @@ def _check_pictures(digests: Sequence[Mapping[str, str]]) -> None:
                 )
 
 
-def _carry_out_group(
+def _train_group(
     program: Program,
     group: Sequence[sweep.Planned],
     ranks: Alone,
@@ -192,7 +194,7 @@ def _carry_out_group(
 ) -> tuple[list[sweep.Result], dict[str, str]]:
     """Trains runs in one step; returns what came out of those that are over, and `_digests` of their pictures."""
     runs: dict[int, Run] = {}
-    ends: dict[int, int | str | FloatingPointError] = {}
+    ends: dict[int, int | Exception] = {}
     speakers = [Printer(quiet=printer.quiet, prefix=f"{sweep.name_of(flags)}  ") for flags, _ in group]
     with contextlib.ExitStack() as stack:
         for index, ((_, config), speaker) in enumerate(zip(group, speakers, strict=True)):
@@ -225,7 +227,8 @@ def _carry_out_group(
         failed = sweep.Result(flags, config.checkpoint_path, None, None, 0, str(end), chosen_by)
         if not isinstance(end, int):
             speakers[index].warn(f"failed: {end}")
-            results.append(failed._replace(diverged=isinstance(end, FloatingPointError)))
+            is_refused, has_diverged = isinstance(end, ValueError), isinstance(end, FloatingPointError)
+            results.append(failed._replace(refused=is_refused, diverged=has_diverged))
         elif index in runs and (progress := runs[index].progress).epoch >= config.epochs:
             last, best = (
                 progress.history[epoch - 1]["test/accuracy"] for epoch in (progress.epoch, progress.best_epoch)
@@ -256,29 +259,21 @@ def _digests(run: Run) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _noting_failure(ends: dict[int, int | str | FloatingPointError], indices: Sequence[int]) -> Iterator[None]:
-    """Notes what ends these runs, of which the others know nothing, and goes on after it."""
+def _noting_failure(ends: dict[int, int | Exception], indices: Sequence[int]) -> Iterator[None]:
+    """Notes what ends these runs, of which the others know nothing, and goes on after it: a ValueError for bad input,
+    an OSError for anything else, without what the error itself would hold on to."""
     try:
         yield
     except (DistError, RankLost):
         raise  # of the ranks, and not of a run
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        reason = one_line(error)
-        # On the CPU torch has no class for it.
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in reason:
-            cure = "--seeds-per-step" if len(indices) > 1 else "--batch-size"
-            reason = f"the device is out of memory, try a smaller {cure}: {reason}"
-        elif isinstance(error, RuntimeError):
-            if os.environ.get("HYPERFUNC_TRACEBACK"):
-                raise
-            reason = f"{type(error).__name__}: {reason}"
+        reason = explain(error, smaller="--seeds-per-step" if len(indices) > 1 else "--batch-size")
         for index in indices:
-            ends.setdefault(index, reason)  # some may have come to an end of their own before
+            # Some may have come to an end of their own before.
+            ends.setdefault(index, ValueError(reason) if isinstance(error, ValueError) else OSError(reason))
 
 
-def _is_stopped(
-    ends: dict[int, int | str | FloatingPointError], indices: Sequence[int], ranks: Alone, interrupts: Interrupts
-) -> bool:
+def _is_stopped(ends: dict[int, int | Exception], indices: Sequence[int], ranks: Alone, interrupts: Interrupts) -> bool:
     """Whether a signal has come, which then is the end of these runs."""
     if (number := ranks.agree(interrupts.received)) is None:
         return False

@@ -155,6 +155,7 @@ class Result(NamedTuple):
         rescheduled: The last epoch with another learning rate than a run with these flags has in it, because
             `--epochs` was another then; 0 where there is none.
         diverged: Whether it failed of a number that is not finite, and so would again.
+        refused: Whether it failed of bad input, such as a flag or data.
     """
 
     flags: Flags
@@ -166,6 +167,7 @@ class Result(NamedTuple):
     chosen_by: str = ""
     rescheduled: int = 0
     diverged: bool = False
+    refused: bool = False
 
 
 class Line(NamedTuple):

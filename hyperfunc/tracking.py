@@ -219,7 +219,7 @@ class Tracker:
         run.define_metric("epoch", hidden=True)
         for metric in ("batch/*", "learning_rate", "parameters/*", "kernels/*", "gradients/*"):
             run.define_metric(metric, step_metric="step")
-        for metric in ("train/*", "val/*", "test/*", "epoch_time", "images_per_second"):
+        for metric in ("train/*", "val/*", "test/*", "best_accuracy", "best_epoch", "epoch_time", "images_per_second"):
             run.define_metric(metric, step_metric="epoch")
         for metric in ("test/accuracy", "val/accuracy"):
             run.define_metric(metric, step_metric="epoch", summary="max")

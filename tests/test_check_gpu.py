@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from hyperfunc import check_gpu
+from hyperfunc import capture, check_gpu
 
 
 def run() -> subprocess.CompletedProcess[str]:
@@ -61,7 +61,7 @@ def test_with_a_gpu_each_trains_a_step() -> None:
 @pytest.mark.traced
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_step_is_compiled_as_a_proof(device: str) -> None:
-    assert check_gpu.why_not_compiled(torch.device(device)) == ""
+    assert check_gpu.why_no_fast_step(torch.device(device)) == ""
 
 
 def test_a_compiler_that_is_not_there_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,19 @@ def test_a_compiler_that_is_not_there_is_the_reason(monkeypatch: pytest.MonkeyPa
         raise OSError("no compiler")
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
-    assert check_gpu.why_not_compiled(torch.device("cpu")) == "no compiler"
+    found = check_gpu.why_no_fast_step(torch.device("cpu"))
+    assert found.startswith("no compiled step on cpu: no compiler; Triton needs")
+    assert found.endswith("--engine graph of train.py does without")
+
+
+def test_what_can_be_compiled_but_not_captured_has_another_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture_nothing(*_: object) -> None:
+        raise RuntimeError("no graph")
+
+    monkeypatch.setattr(capture, "compile_step", lambda step, _batch: step)
+    monkeypatch.setattr(capture, "capture", capture_nothing)
+    found = check_gpu.why_no_fast_step(torch.device("cpu"))
+    assert found == "no captured step on cpu: no graph; --engine compiled of train.py does without"
 
 
 def test_gpus_are_found_on_the_pci_bus(tmp_path: Path) -> None:

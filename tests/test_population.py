@@ -333,6 +333,29 @@ def test_seeds_are_the_single_runs_with_checkpoint_journal_and_table(
         assert (found["best_epoch"], found["flags"]) == (1, {"seed": seed})
 
 
+def test_runs_on_other_pictures_are_evaluated_by_one_step_and_each_as_alone(
+    folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[Any] = []
+    start = train.start_engine
+
+    def start_and_keep(members: Any, *rest: Any) -> None:
+        start(members, *rest)
+        runs.extend(members)
+
+    monkeypatch.setattr(train, "start_engine", start_and_keep)
+    flags = small(folder, "--epochs", "1", "--val-size", "4", "--calibrate", "2", "--seeds", "3,5")
+    assert run_here(*flags, "--seeds-per-step", "2", "--checkpoint-path", "run.pth").returncode == 0
+    first, second = runs
+    assert (first.eval_step, first.calibration_step) == (second.eval_step, second.calibration_step)
+    assert not torch.equal(first.normalization.mean, second.normalization.mean)
+    for run in runs:
+        params, batch_stats = run.best
+        eval_step = training.make_eval_step(run.model, load=data.make_eval_load(run.normalization))
+        metrics = training.evaluate(run.model, params, batch_stats, [run.dataset.test], eval_step=eval_step)
+        assert run.progress.history[0]["test/loss"] == pytest.approx(float(metrics.mean_loss), rel=1e-5)
+
+
 def test_one_seed_a_step_is_the_single_run_to_the_bit(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
     flags = small(folder, "--epochs", "1")
     (tmp_path / "g.json").write_text('{"lr": [0.01], "seed": [4]}')
@@ -463,7 +486,7 @@ def test_a_run_that_fails_by_itself_does_not_take_the_end_of_another(
     assert run_here(*flags).returncode == 1
     assert [row["failed"] for row in results(tmp_path / "run.population.json")] == [
         "",
-        "RuntimeError: the device is gone",
+        "RuntimeError: the device is gone (HYPERFUNC_TRACEBACK=1 shows where)",
     ]
 
 
@@ -622,7 +645,9 @@ def test_a_signal_ends_a_rank_without_a_run_as_well(folder: Path, tmp_path: Path
     assert output.count("go on with --resume") == 2
 
 
-def test_what_is_wrong_for_all_runs_ends_as_a_single_run_does(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
+def test_what_is_wrong_for_all_runs_ends_as_a_single_run_does(
+    folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = small(folder, "--seeds", "0,1", "--checkpoint-path", "run.pth")
     assert run_here(*flags, "--epochs", "1").returncode == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -634,6 +659,15 @@ def test_what_is_wrong_for_all_runs_ends_as_a_single_run_does(folder: Path, tmp_
         assert done.returncode == 2
         assert done.stderr.splitlines()[-1].startswith(message)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    def load_nothing(*_: Any, **__: Any) -> None:
+        raise OSError("there is no network")
+
+    monkeypatch.setattr(data, "load_dataset", load_nothing)
+    done = run_here(*flags)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "train.py: there is no network"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_table_of_earlier_runs_is_kept_as_their_checkpoints_are(

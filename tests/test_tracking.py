@@ -139,7 +139,7 @@ def test_an_offline_run_holds_what_the_journal_holds(tmp_path: Path, flags: list
         record.metric.name or record.metric.glob_name: record.metric for record in records if record.HasField("metric")
     }
     assert metrics["batch/*"].step_metric == "step"
-    assert metrics["test/*"].step_metric == "epoch"
+    assert metrics["test/*"].step_metric == metrics["best_accuracy"].step_metric == "epoch"
     assert metrics["test/accuracy"].summary.max
 
     (artifact,) = [r.request.log_artifact.artifact for r in records if r.request.HasField("log_artifact")] or [

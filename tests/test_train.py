@@ -584,6 +584,18 @@ def test_a_missing_gpu_is_named(folder: Path, tmp_path: Path, run_here: RunHere)
     assert_refused(done, "--device: got cuda, but torch sees no CUDA device")
 
 
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_gpus_that_torch_cannot_use_are_named_before_ranks_are_started(
+    device: str, folder: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the driver is too old for it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = run_here(*small(folder, "--device", device))
+    assert_refused(done, "--device: torch sees 2 GPUs, but can use none; python -m hyperfunc.check_gpu says why")
+    assert run_here(*small(folder, "--device", "cpu", "--epochs", "1")).returncode == 0
+
+
 def test_no_network_for_the_download(tmp_path: Path) -> None:
     closed: dict[str, str] = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
     done = run_train("--dataset", "cifar10", cwd=tmp_path, env=closed)
