@@ -705,7 +705,7 @@ def network_to_evaluate(run: Run, draw: data.Draw, interrupts: Interrupts) -> tu
         Interrupted: A signal came.
     """
     state, calibration_step = run.state, run.calibration_step
-    params = optim.average(state.opt_state, state.params) if run.config.ema_decay else state.params
+    params = optim.mean_params(state.opt_state, state.params) if run.config.ema_decay else state.params
     if calibration_step is None:
         return params, state.batch_stats
 

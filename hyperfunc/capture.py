@@ -10,7 +10,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from hyperfunc.compiled_norms import CompiledNorms
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
 Evaluation = Callable[[Any, Any], Any]
+
+AnyStep = TypeVar("AnyStep", bound=Evaluation)
+"""A step or an evaluation."""
 
 Rebuild = Callable[[Sequence[Tensor]], Any]
 
@@ -37,7 +40,7 @@ a piece, may end where all its calls do that. A step that needs more than a piec
 them."""
 
 
-def compile_step(step: Evaluation, batch: Any, *, channels_last: bool = True) -> Evaluation:
+def compile_step(step: AnyStep, batch: Any, *, channels_last: bool = True) -> AnyStep:
     """Compiles a step, or an evaluation, for batches shaped like `batch`; others, such as the last of an epoch, run
     uncompiled.
 
@@ -136,18 +139,12 @@ def capture(step: Step, state: Any, batch: Any) -> Step:
                 raise ValueError(
                     f"step: must return a state like the one that it takes, but {some(differences, between='; ')}"
                 )
-            # What comes back as it was, as the weights of a calibration, is left as it is.
-            pairs = zip(own_leaves, _in_order(new_state, own_state), strict=True)
-            changed = [(own, new) for own, new in pairs if new is not own]
-            # What still is the old state must be read before the new one is written over it.
-            values, metrics = _apart(([new for _, new in changed], metrics), own_state)
-            _overwrite([own for own, _ in changed], values)
-            return metrics
+            return _move_into(own_leaves, _in_order(new_state, own_state), metrics)
 
         def warm_up() -> None:
             step(own_state, own_batch)
             # As it is, because the state must not change: the kernel that copies has to have run before as well.
-            _overwrite(own_leaves, own_leaves)
+            tree.overwrite(own_leaves, own_leaves)
 
         return warm_up, advance
 
@@ -156,7 +153,7 @@ def capture(step: Step, state: Any, batch: Any) -> Step:
     def captured(new_state: Any, batch: Any) -> tuple[Any, Any]:
         run = graphs.find(batch)
         if new_state is not own_state:
-            _overwrite(own_leaves, _leaves_like("state", new_state, own_state))
+            _move_into(own_leaves, _leaves_like("state", new_state, own_state))
         return own_state, run()
 
     return captured
@@ -195,7 +192,7 @@ def capture_evaluation(function: Evaluation, network: Any, batch: Any) -> Evalua
         if network is not last:
             leaves = _leaves_like("network", network, own_network)
             last = None  # until the copy is whole
-            _overwrite(tree.leaves(own_network), leaves)
+            tree.overwrite(tree.leaves(own_network), leaves)
             last = network
         return run()
 
@@ -241,7 +238,7 @@ class _Graphs:
 
         def run() -> Any:
             # The host does this for every replay: everything that can be known before is.
-            _overwrite(own, given)
+            tree.overwrite(own, given)
             graph.replay()
             return rebuild([result.clone() for result in results])
 
@@ -258,7 +255,7 @@ class _Graphs:
         self._graphs[_signature(own)] = graph, own, *tree.flatten(results)
 
 
-def _with_own_code(function: Any, **changes: Any) -> Evaluation:
+def _with_own_code(function: Any, **changes: Any) -> Any:
     """The function with a code object that no other has, changed in what is given."""
     return FunctionType(function.__code__.replace(**changes), function.__globals__, closure=function.__closure__)
 
@@ -374,15 +371,14 @@ def _apart(value: Any, other: Any) -> Any:
     return tree.map(lambda leaf: leaf.clone() if leaf.untyped_storage().data_ptr() in taken else leaf, value)
 
 
-def _overwrite(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Leaf by leaf; one operation a dtype, because a list of several is copied one by one."""
-    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-    for ours, theirs in zip(into, values, strict=True):
-        group = by_dtype.setdefault(ours.dtype, ([], []))
-        group[0].append(ours)
-        group[1].append(theirs)
-    for ours, theirs in by_dtype.values():
-        torch.ops.aten._foreach_copy_(ours, theirs)
+def _move_into(own: Sequence[Tensor], new: Sequence[Tensor], beside: Any = ()) -> Any:
+    """Writes the leaves of a new state over the graph's own; returns what is `beside` it, without memory of theirs."""
+    # What comes back as it was, as the weights of a calibration, is left as it is.
+    changed = [(old, leaf) for old, leaf in zip(own, new, strict=True) if leaf is not old]
+    # What still is the old state, in another place, must be read before the new one is written over it.
+    values, beside = _apart(([leaf for _, leaf in changed], beside), own)
+    tree.overwrite([old for old, _ in changed], values)
+    return beside
 
 
 def _leaves_like(name: str, found: Any, expected: Any, *, but_length: bool = False) -> list[Tensor]:

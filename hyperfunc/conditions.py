@@ -165,10 +165,10 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
                 "size of the encoder's output, and let the encoder keep the first dimension; for a condition for each "
                 "sample there is apply_each"
             )
-        if found.is_complex():
+        if not found.is_floating_point():
             raise ValueError(
-                f"encoder: got {tree.dtype_name(found.dtype)} codes, expected real ones; give it conditions "
-                "of real numbers, as torch.view_as_real makes them"
+                f"encoder: got {tree.dtype_name(found.dtype)} codes, expected real ones; convert them by .float(), and "
+                "complex ones by torch.view_as_real"
             )
         # The usual least length is 0 in fp16, and a code of zeros would be divided by it.
         return F.normalize(found, dim=1, eps=max(1e-12, torch.finfo(found.dtype).tiny))
@@ -211,8 +211,9 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
         _check_one_a_sample(conditions, args, kwargs)
         if args and _has_samples_second(model.module):
             raise ValueError(
-                f"apply_each: {type(model.module).__name__} has its samples in the second dimension; make it with "
-                "batch_first=True, or map with torch.vmap(apply)"
+                f"apply_each: {type(model.module).__name__} takes or gives its samples in the second dimension; make "
+                "it with batch_first=True and, around a recurrent layer, put a module that returns its output alone; "
+                "or map with torch.vmap(apply)"
             )
         # Each sample goes in as a batch of one, because a module may not know how to do without a batch.
         singles = tree.map(lambda leaf: leaf.unsqueeze(1), args)
@@ -479,7 +480,9 @@ def _check_tensor(name: str, conditions: Any) -> None:
 
 
 def _has_samples_second(module: nn.Module) -> bool:
-    """Whether it is one of torch's own layers for sequences in its usual form."""
+    """Whether it is one of torch's own layers for sequences in its usual form, or one whose last state is so in any."""
+    if isinstance(module, nn.RNNBase):
+        return True
     if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
         module = module.layers[0]
     if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):

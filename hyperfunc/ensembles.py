@@ -83,26 +83,23 @@ def ensemble(model: Model, n: int) -> Ensemble:
                     "torch.stack of one for each member"
                 )
 
-    def apply(params: Params, batch_stats: BatchStats, /, *args: Any, train: bool, **kwargs: Any) -> Any:
-        check("params", params)
-        check("batch_stats", batch_stats)
+    def make_apply(*, each: bool) -> Forward:
+        def apply(params: Params, batch_stats: BatchStats, /, *args: Any, train: bool, **kwargs: Any) -> Any:
+            check("params", params)
+            check("batch_stats", batch_stats)
+            if each:
+                check("args", args)
 
-        def one(params: Params, batch_stats: BatchStats) -> Any:
-            return model.apply(params, batch_stats, *args, train=train, **kwargs)
+            def one(params: Params, batch_stats: BatchStats, args: tuple[Any, ...]) -> Any:
+                return model.apply(params, batch_stats, *args, train=train, **kwargs)
 
-        with autocast_under_vmap(tree.leaves(params)[0].device):
-            return torch.vmap(one, randomness="different")(params, batch_stats)
+            with autocast_under_vmap(tree.leaves(params)[0].device):
+                in_dims = (0, 0, 0 if each else None)
+                return torch.vmap(one, in_dims, randomness="different")(params, batch_stats, args)
 
-    def apply_each(params: Params, batch_stats: BatchStats, /, *args: Any, train: bool, **kwargs: Any) -> Any:
-        check("params", params)
-        check("batch_stats", batch_stats)
-        check("args", args)
+        return apply
 
-        def one(params: Params, batch_stats: BatchStats, args: tuple[Any, ...]) -> Any:
-            return model.apply(params, batch_stats, *args, train=train, **kwargs)
-
-        with autocast_under_vmap(tree.leaves(params)[0].device):
-            return torch.vmap(one, randomness="different")(params, batch_stats, args)
+    apply, apply_each = make_apply(each=False), make_apply(each=True)
 
     def predict(params: Params, batch_stats: BatchStats, *args: Any, **kwargs: Any) -> Float[Tensor, "n classes"]:
         logits, _ = apply(params, batch_stats, *args, train=False, **kwargs)

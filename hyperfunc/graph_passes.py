@@ -19,7 +19,7 @@ _VIEWS = {
 
 
 def graph_pass(*, convolutions: bool) -> Any:
-    """What Inductor takes as `post_grad_custom_post_pass`: `store_what_is_parted`, and `winograd.replace_convolutions`
+    """What Inductor takes as `post_grad_custom_post_pass`: `store_before_unbind`, and `winograd.replace_convolutions`
     where `convolutions` are to be replaced."""
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files  # takes seconds
 
@@ -28,7 +28,7 @@ def graph_pass(*, convolutions: bool) -> Any:
 
     class Pass(CustomGraphPass):
         def __call__(self, graph: Graph) -> None:
-            store_what_is_parted(graph)
+            store_before_unbind(graph)
             if convolutions:
                 winograd.replace_convolutions(graph)
 
@@ -38,7 +38,7 @@ def graph_pass(*, convolutions: bool) -> Any:
     return Pass()
 
 
-def store_what_is_parted(graph: Graph) -> None:
+def store_before_unbind(graph: Graph) -> None:
     """Has a copy made once that is then taken apart, as that of all kernels of one shape is.
 
     Inductor would make it again for each of the parts, by a kernel for each, in the code of which stands where the part

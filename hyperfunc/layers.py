@@ -9,6 +9,7 @@ from hyperfunc.tiling import Kernel, plain_kernel
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -24,7 +25,7 @@ def is_linear_map(layer: nn.Module, name: str) -> bool:
 def is_weight(layer: nn.Module, name: str) -> bool:
     """Whether a parameter is what a layer is there for, and neither a bias nor the scale of a norm."""
     others = (nn.Bilinear, *EMBEDDINGS)
-    is_recurrent = isinstance(layer, nn.RNNBase) and name.startswith("weight_")
+    is_recurrent = isinstance(layer, RECURRENT) and name.startswith("weight_")
     return is_linear_map(layer, name) or is_recurrent or (name == "weight" and isinstance(layer, others))
 
 
@@ -76,7 +77,7 @@ def kernel_of(layer: nn.Module, name: str, unit: tuple[int, int]) -> Kernel:
     if isinstance(layer, EMBEDDINGS) and name == "weight":
         return Kernel(shape, shape, 1, 1.0, zero_row=layer.padding_idx)
     kernel = plain_kernel(shape)
-    if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)):
+    if isinstance(layer, (nn.MultiheadAttention, *RECURRENT)):
         return kernel._replace(std=kernel.fan_in**-0.5)
     return kernel
 

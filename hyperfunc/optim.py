@@ -261,7 +261,7 @@ def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
 
 
 def averaged(optimizer: Optimizer, decay: float = 0.99) -> Optimizer:
-    """`optimizer`, and beside it the exponential moving average (EMA) of the parameters, which `average` gives.
+    """`optimizer`, and beside it the exponential moving average (EMA) of the parameters, which `mean_params` gives.
 
     At a learning rate that is not yet small the parameters wander about what they would tend to, and their mean is a
     better network than any of them (Polyak and Juditsky 1992; Izmailov et al. 2018, arXiv 1803.05407). The training
@@ -273,7 +273,7 @@ def averaged(optimizer: Optimizer, decay: float = 0.99) -> Optimizer:
 
         optimizer = optim.averaged(optim.adam(0.002))
         ...
-        params = optim.average(state.opt_state, state.params)
+        params = optim.mean_params(state.opt_state, state.params)
         batch_stats = training.calibrate(model, params, state.batch_stats, batches)
 
     Args:
@@ -306,9 +306,9 @@ def averaged(optimizer: Optimizer, decay: float = 0.99) -> Optimizer:
     return Optimizer(init, update, optimizer.learning_rate, optimizer.elementwise)
 
 
-def average(opt_state: Any, params: T) -> T:
+def mean_params(opt_state: Any, params: T) -> T:
     """A copy of the mean of the parameters that an optimizer under `averaged` has kept; before its first update, the
-    parameters as they were. For an ensemble, map it: `torch.vmap(average)(state.opt_state, state.params)`.
+    parameters as they were. For an ensemble, map it: `torch.vmap(mean_params)(state.opt_state, state.params)`.
 
     Args:
         opt_state: The optimizer's state.
@@ -328,7 +328,7 @@ def average(opt_state: Any, params: T) -> T:
     if opt_state.mean.shape != theta.shape:
         raise ValueError(
             f"opt_state: got a mean of shape {tuple(opt_state.mean.shape)} for {len(theta):,} parameters; expected "
-            "averaged to go around frozen, and torch.vmap(average) for the members of an ensemble"
+            "averaged to go around frozen, and torch.vmap(mean_params) for the members of an ensemble"
         )
     return unravel(opt_state.mean.to(theta.dtype, copy=True))
 

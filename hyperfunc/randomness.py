@@ -119,7 +119,8 @@ class Seeded(TorchFunctionMode):
 
 
 def _rate_of(layer: nn.Module) -> float:
-    """How much of its input a layer drops in training, or how much a slope that it draws may vary."""
+    """How much of its input a layer drops in training, or how much a slope that it draws may vary; 1 for places that
+    it draws."""
     # By their names: torchvision's, because torchvision takes a second to import, and timm's, which may not be there.
     is_path = type(layer).__name__.endswith("DropPath")
     if is_path or isinstance(layer, nn.modules.dropout._DropoutNd) or type(layer).__name__ == "StochasticDepth":
@@ -131,6 +132,8 @@ def _rate_of(layer: nn.Module) -> float:
         return layer.dropout
     if isinstance(layer, nn.RReLU):
         return layer.upper - layer.lower
+    if isinstance(layer, (nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)):
+        return float(layer._random_samples is None)
     return 0.0
 
 
@@ -182,8 +185,7 @@ def _feature_dropout(
 
 
 def _drop(mode: Seeded, input: Tensor, shape: Iterable[int], p: float, training: bool, inplace: bool) -> Tensor:
-    if not 0 <= p <= 1:
-        raise ValueError(f"dropout: got the probability {p}, expected 0 to 1")
+    _check_rate(p)
     if not training or p == 0:
         return input
     kept = _keep(mode, shape, p, input.device).to(input.dtype)
@@ -197,6 +199,7 @@ def _alpha_dropout(
     """Klambauer et al. 2017 (arXiv 1706.02515), section 2: what is dropped takes SELU's limit, then mean and variance
     are put right.
     """
+    _check_rate(p)
     if not training or p == 0:
         return input
     shape = input.shape if func is F.alpha_dropout else _channels(func, input)
@@ -205,6 +208,11 @@ def _alpha_dropout(
     scale = ((1 - p) * (1 + p * limit**2)) ** -0.5 if p < 1 else 0.0
     output = scale * torch.where(kept, input, limit) - scale * limit * p
     return input.copy_(output) if inplace else output
+
+
+def _check_rate(p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout: got the probability {p}, expected 0 to 1")
 
 
 def _keep(mode: Seeded, shape: Iterable[int], p: float, device: torch.device) -> Tensor:

@@ -99,18 +99,10 @@ def plain_kernel(shape: Sequence[int]) -> Kernel:
     return Kernel(tuple(shape), tuple(shape), fan_in, (2 / fan_in) ** 0.5)
 
 
-def tile(kernels: Mapping[str, Kernel | Sequence[int]], unit: tuple[int, int] = (16, 16)) -> Tiling:
-    """Lays the grid of basic kernels over every named kernel, or over a plain one of the shape (out, in, *window).
-
-    Raises:
-        ValueError: A shape has fewer than two dimensions.
-    """
+def tile(kernels: Mapping[str, Kernel], unit: tuple[int, int] = (16, 16)) -> Tiling:
+    """Lays the grid of basic kernels over every named kernel."""
     layers: dict[str, list[Layer]] = {}
-    for name, value in kernels.items():
-        try:
-            kernel = value if isinstance(value, Kernel) else plain_kernel(value)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+    for name, kernel in kernels.items():
         layer = Layer(name, kernel, (math.ceil(kernel.plane[0] / unit[0]), math.ceil(kernel.plane[1] / unit[1])))
         layers.setdefault(window_key(layer.window), []).append(layer)
     return Tiling(unit, {key: tuple(value) for key, value in layers.items()})
@@ -121,7 +113,7 @@ def assemble(layers: Sequence[Layer], units: Float[Tensor, "units out in *window
 
     Consecutive layers of one layout are put together at once, so that the cost is a copy for each run of equal layers
     and not for each layer or unit; the layers of a run are views of one tensor. Kernels with a two-dimensional window
-    come out in channels_last memory order, the one that the fast convolutions want.
+    that are tiled as they are come out in channels_last memory order, the one that the fast convolutions want.
     """
     runs = _runs(layers)
     # As the fast generation lays many of them out; the way back then writes each gradient once, and where it is wanted.
@@ -161,14 +153,15 @@ def _assemble_run(layer: Layer, count: int, rows: Float[Tensor, "units cout *win
         tile_out=layer.grid[0],
         tile_in=layer.grid[1],
     ).contiguous()
-    if whole.movedim(-1, 2).shape[1:] == kernel.shape and not (
-        kernel.transposed or kernel.mean or kernel.zero_row is not None
-    ):
+    if (whole.shape[1], whole.shape[-1]) != kernel.plane[:2]:
+        whole = whole[:, : kernel.plane[0], ..., : kernel.plane[1]]
+    is_plain = kernel.plane == kernel.shape and not kernel.transposed
+    if is_plain and not kernel.mean and kernel.zero_row is None:
+        if whole.stride(-2) != whole.shape[-1]:  # cropped: a convolution would copy each kernel by itself
+            whole = whole.contiguous()
         # Moved after they are parted: the gradients of channels_last kernels then are put together as they lie.
         return tuple(part.movedim(-1, 1) for part in whole.unbind(0))
     whole = whole.movedim(-1, 2)
-    if whole.shape[1:3] != kernel.plane[:2]:
-        whole = whole[:, : kernel.plane[0], : kernel.plane[1]]
     if kernel.transposed:
         whole = whole.transpose(1, 2)
     if whole.shape[1:] != kernel.shape:

@@ -449,25 +449,7 @@ _Beside = tuple[Tensor, Tensor, BatchStats]
 def _make_gradient(
     model: Model, decay: str, weight_decay: float, precision: Precision, seed: int | None, *, summed: bool
 ) -> Callable[[TrainState, Tensor, Tensor, Tensor | None], tuple[Params, _Beside]]:
-    """Builds `gradient(state, images, labels, scale)`, of the objective of `_make_objective`."""
-    silent = _silent_biases(model)
-    objective = _make_objective(model, decay, weight_decay, precision, silent, summed=summed)
-    step_seed = _make_step_seed(model, seed)
-    constant = () if weight_decay else silent
-    differentiate = make_differentiate()
-
-    def gradient(state: TrainState, images: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Params, _Beside]:
-        function = objective(state.batch_stats, images, labels, scale, step_seed(state))
-        return _gradient(function, state.params, (state, images, labels), constant, differentiate)
-
-    return gradient
-
-
-def _make_objective(
-    model: Model, decay: str, weight_decay: float, precision: Precision, silent: tuple[str, ...], *, summed: bool
-) -> Callable[..., Function]:
-    """Builds `objective(batch_stats, images, labels, scale, seed)`: the mean over that batch, or (`summed`) the sum. Of
-    the parameters named in `silent` it depends by their decay alone."""
+    """Builds `gradient(state, images, labels, scale)`: of the mean loss over the batch, or (`summed`) of the sum."""
     if decay not in get_args(Decay):
         raise ValueError(f"decay: got {decay!r}, expected one of {', '.join(get_args(Decay))}")
     if decay == "parameters" and weight_decay:
@@ -475,16 +457,22 @@ def _make_objective(
             f"weight_decay: got {weight_decay} with decay='parameters'; give it to the optimizer, "
             "or choose decay='generated'"
         )
+    silent = _silent_biases(model)
+    step_seed = _make_step_seed(model, seed)
+    differentiate = make_differentiate()
 
-    def objective(
-        old_stats: BatchStats, images: Tensor, labels: Tensor, scale: Tensor | None, seed: Seed | None
-    ) -> Function:
+    def gradient(state: TrainState, images: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Params, _Beside]:
+        drawn = step_seed(state)
+
         # The batch is closed over: torch.func.grad would wrap arguments, and wrapped statistics are copied one by one.
         def function(params: Params) -> tuple[Tensor, _Beside]:
             with autocast(precision, images.device):
                 weights = model.weights(params)
+                # On these the loss depends by their decay alone.
                 constant = {name: weights[name].detach() for name in silent}
-                logits, batch_stats = model.forward({**weights, **constant}, old_stats, images, train=True, seed=seed)
+                logits, batch_stats = model.forward(
+                    {**weights, **constant}, state.batch_stats, images, train=True, seed=drawn
+                )
             logits = _loss_dtype(logits)
             loss = F.cross_entropy(logits, labels)
             total = loss
@@ -498,9 +486,10 @@ def _make_objective(
                 total = total * scale
             return total, (loss, logits, batch_stats)
 
-        return function
+        fixed = () if weight_decay else silent
+        return _gradient(function, state.params, (state, images, labels), fixed, differentiate)
 
-    return objective
+    return gradient
 
 
 def _make_step_seed(model: Model, seed: int | None) -> Callable[[TrainState], Seed | None]:

@@ -125,9 +125,21 @@ def fetch(tree: Tree) -> Tree:
     return rebuild(_copies(values, "cpu"))
 
 
+def overwrite(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copies values into tensors of their shapes and dtypes; one operation a dtype, because a list of several is copied
+    one by one."""
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for ours, theirs in zip(into, values, strict=True):
+        group = by_dtype.setdefault(ours.dtype, ([], []))
+        group[0].append(ours)
+        group[1].append(theirs)
+    for ours, theirs in by_dtype.values():
+        torch.ops.aten._foreach_copy_(ours, theirs)
+
+
 def vectors(tree: Any) -> list[Tensor]:
     """All leaves as a few vectors, each of one dtype and device, in no order that means anything; not to be written."""
-    return [_join(group) if len(group) > 1 else group[0].reshape(-1) for group, _ in _groups(leaves(tree))]
+    return [_join(group) for group, _ in _groups(leaves(tree))]
 
 
 def is_mapped(tree: Any) -> bool:
@@ -155,8 +167,9 @@ def mapped_with(tree: Tree, others: Any) -> Tree:
 def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     """All leaves as one vector, and the function that makes the tree again from such a vector.
 
-    The tree that comes back consists of views of the vector. One vector turns an update of every parameter into a
-    handful of operations, where a loop over leaves takes a handful for each.
+    The tree that comes back consists of views of the vector; of a tree with one leaf, the vector is a view too. One
+    vector turns an update of every parameter into a handful of operations, where a loop over leaves takes a handful for
+    each.
 
     Raises:
         ValueError: The leaves differ in dtype, or there are none.
@@ -228,17 +241,16 @@ def _copies(values: Sequence[Tensor], device: str | None = None) -> list[Tensor]
     """Copies that are views of a few vectors, on this device or on the leaf's own."""
     copies: dict[int, Tensor] = {}
     for group, places in _groups(values):
-        # A leaf alone is not joined, which would take as much memory again where it is to move.
-        alone = len(group) == 1
-        vector = group[0].reshape(-1) if alone else _join(group)
-        vector = vector.to(device or vector.device, copy=alone)
+        vector = _join(group).to(device or group[0].device, copy=len(group) == 1)
         copies |= zip(places, _split(vector, [leaf.shape for leaf in group]), strict=True)
     return [copies[place] for place in range(len(values))]
 
 
 def _join(values: Sequence[Tensor]) -> Tensor:
     # One with one dimension stays what it is: most leaves have one, and a view takes the host as long as an operation.
-    return torch.cat([leaf if leaf.dim() == 1 else leaf.reshape(-1) for leaf in values])
+    vectors = [leaf if leaf.dim() == 1 else leaf.reshape(-1) for leaf in values]
+    # Joined alone, a large one would take as much memory again.
+    return torch.cat(vectors) if len(vectors) > 1 else vectors[0]
 
 
 def _split(vector: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:

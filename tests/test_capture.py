@@ -219,7 +219,7 @@ def test_a_compiled_step_of_an_objective_equals_the_eager_one() -> None:
 def test_any_number_of_steps_can_be_compiled() -> None:
     batch = torch.ones(2)
 
-    def make(factor: int) -> Step:
+    def make(factor: int) -> capture.Step:
         return lambda state, batch: (state + factor * batch, batch.sum())
 
     # All of one code, but for what they close over; and nobody may get another's.
@@ -253,8 +253,7 @@ def test_a_compiled_step_tells_its_state_from_what_it_closes_over() -> None:
 def test_copying_over_a_state_reads_what_it_overwrites_first() -> None:
     own = {"now": torch.tensor([1.0, 2.0]), "before": torch.tensor([0.0, 0.0]), "step": torch.tensor(3)}
     swapped, metrics = {"now": own["now"] * 10, "before": own["now"], "step": own["step"] + 1}, own["step"]
-    swapped, metrics = capture._apart((swapped, metrics), own)
-    capture._overwrite(tree.leaves(own), tree.leaves(swapped))
+    metrics = capture._move_into(tree.leaves(own), tree.leaves(swapped), metrics)
     assert own["now"].tolist() == [10, 20]
     assert own["before"].tolist() == [1, 2]
     assert (own["step"], metrics) == (4, 3)
@@ -395,16 +394,24 @@ def test_a_state_that_keeps_its_past_is_captured_whole(device: str) -> None:
         assert found == [1 + count, count, count]
 
 
+def test_a_state_made_of_parts_of_the_last_one_may_have_them_in_other_places(device: str) -> None:
+    one, two = torch.ones(2, device=device), torch.full((2,), 2.0, device=device)
+    captured = capture.capture(lambda state, batch: (state, state["a"] * batch), {"a": one, "b": two}, one)
+    state, _ = captured({"a": one, "b": two}, one)
+    state, seen = captured({"a": state["b"], "b": state["a"]}, one)
+    assert (state["a"].tolist(), state["b"].tolist(), seen.tolist()) == ([2, 2], [1, 1], [2, 2])
+
+
 def test_what_a_step_leaves_alone_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded.install(monkeypatch)
     copied: list[int] = []
-    overwrite = capture._overwrite
+    overwrite = tree.overwrite
 
     def count(into: list[Tensor], values: list[Tensor]) -> None:
         copied.append(len(into))
         overwrite(into, values)
 
-    monkeypatch.setattr(capture, "_overwrite", count)
+    monkeypatch.setattr(tree, "overwrite", count)
 
     def step(state: dict[str, Tensor], batch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         # Of the first two each becomes what the other was.
@@ -444,7 +451,7 @@ def test_a_network_of_which_a_part_was_copied_is_not_taken_for_the_last_one(
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(capture, "_overwrite", break_off)
+        patch.setattr(tree, "overwrite", break_off)
         with pytest.raises(torch.OutOfMemoryError):
             captured(second, first)
     assert captured(first, first).tolist() == [1, 1]

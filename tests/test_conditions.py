@@ -346,6 +346,11 @@ def test_wrong_conditions(generator: Generator) -> None:
             torch.ones(1) * 1j,
             "got complex64 codes, expected real ones",
         ),
+        (
+            Encoder(lambda _: {}, lambda _, given: nn.functional.one_hot(given, 3), 3),
+            torch.tensor(1),
+            "got int64 codes, expected real ones; convert them by .float()",
+        ),
         (conditions.from_module(nn.Linear(2, 5), 5), torch.rand(3), r"cannot take 1 conditions, each float32\[3\]"),
         (conditions.from_module(nn.Linear(2, 3), 5), torch.rand(2), r"got codes of shape \(1, 3\), expected \(1, 5\)"),
     ],
@@ -423,10 +428,15 @@ def test_a_module_whose_samples_are_elsewhere_is_refused(generator: Generator) -
     layer = nn.TransformerEncoderLayer(4, 1, 4, dropout=0)
     encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
     x = torch.zeros(2, 5, 4)
-    for module, target in ((nn.GRU(4, 4), "*_ih_l0"), (layer, "linear1.weight"), (encoder, "*.linear1.weight")):
+    for module, target in (
+        (nn.GRU(4, 4), "*_ih_l0"),
+        (nn.GRU(4, 4, batch_first=True), "*_ih_l0"),  # but not its last state
+        (layer, "linear1.weight"),
+        (encoder, "*.linear1.weight"),
+    ):
         model = hf.conditional(hf.hyperize(module, targets=target, unit=(4, 2)), conditions.table(3))
         params, batch_stats = model.init(generator)
-        with pytest.raises(ValueError, match=r"apply_each: \w+ has its samples in the second dimension; make it with"):
+        with pytest.raises(ValueError, match=r"apply_each: \w+ takes or gives its samples in the second dimension"):
             model.apply_each(params, batch_stats, torch.tensor([0, 1]), x, train=False)
     outputs, _ = model.apply_each(params, batch_stats, torch.tensor([0, 1, 2]), src=x, train=False)
     assert outputs.shape == (3, 2, 5, 4)  # one input for all, as the module has it

@@ -14,7 +14,7 @@ from hyperfunc import graph_passes, tiling
 def stored(function: Callable[..., object], *args: Tensor) -> tuple[GraphModule, int]:
     """The graph of a function after the pass, and how many tensors are stored in it."""
     graph = make_fx(function, tracing_mode="fake")(*args)
-    graph_passes.store_what_is_parted(graph.graph)
+    graph_passes.store_before_unbind(graph.graph)
     graph.graph.lint()
     graph.recompile()
     return graph, sum("as_strided" in str(node.target) for node in graph.graph.nodes)
@@ -23,7 +23,8 @@ def stored(function: Callable[..., object], *args: Tensor) -> tuple[GraphModule,
 def test_kernels_of_one_shape_are_put_together_once(generator: torch.Generator) -> None:
     """But not those of a single unit, which need no copy."""
     shapes = (16, 16), (16, 16), (32, 32), (32, 32), (32, 32), (64, 32), (64, 32), (40, 24), (40, 24)
-    layers = tiling.tile({str(number): (*shape, 3, 3) for number, shape in enumerate(shapes)}).layers["3x3"]
+    kernels_by_name = {str(number): tiling.plain_kernel((*shape, 3, 3)) for number, shape in enumerate(shapes)}
+    layers = tiling.tile(kernels_by_name).layers["3x3"]
     rows = torch.randn(sum(layer.units for layer in layers), 16, 3, 3, 16, generator=generator)
 
     def kernels(rows: Tensor) -> dict[str, Tensor]:

@@ -82,7 +82,8 @@ def expected_std(layer: nn.Module, name: str, weight: Tensor) -> float:
     if isinstance(layer, nn.Embedding):
         return 1.0
     fan_in, _ = nn.init._calculate_fan_in_and_fan_out(weight)
-    return math.sqrt((1 if name.endswith("proj_weight") else 2) / fan_in)
+    is_linear = name.endswith("proj_weight") or name.startswith("weight_")
+    return math.sqrt((1 if is_linear else 2) / fan_in)
 
 
 def net_1d() -> nn.Module:
@@ -105,6 +106,10 @@ def token_net() -> nn.Module:
     return nn.ModuleList([nn.Embedding(100, 48), attention, nn.Linear(48, 100)])
 
 
+def recurrent_net() -> nn.Module:
+    return nn.ModuleList([nn.LSTM(32, 64, 2), nn.LSTMCell(64, 48), nn.GRUCell(48, 64), nn.RNNCell(64, 64)])
+
+
 NETS = {
     "resnet18": (torchvision.models.resnet18, None, {"1x1", "3x3"}),
     "mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, None, {"1x1", "5x5", "matrix"}),
@@ -112,6 +117,7 @@ NETS = {
     "vit_b_16": (vit_like_b_16, None, {"matrix"}),
     "1d": (net_1d, (nn.Conv1d,), {"7", "5", "3", "1"}),
     "3d": (net_3d, None, {"1x3x3", "3x3x3"}),
+    "recurrent": (recurrent_net, [nn.LSTM, nn.LSTMCell, nn.GRUCell, nn.RNNCell], {"matrix"}),
     "tokens": (token_net, [nn.Embedding, nn.MultiheadAttention, nn.Linear], {"matrix"}),
 }
 

@@ -311,7 +311,7 @@ def test_the_mean_of_the_parameters_weighs_each_update_by_its_age(elementwise: b
     ours = optim.averaged(inner, 0.9)
     params, loss = problem(generator)
     state, expected, expected_state, seen = ours.init(params), params, inner.init(params), list[Tensor]()
-    assert tree.equal(optim.average(state, params), params)
+    assert tree.equal(optim.mean_params(state, params), params)
     for step in range(STEPS):
         grads = torch.func.grad(loss)(params)
         params, state = ours.update(grads, state, params, torch.tensor(step))
@@ -319,7 +319,7 @@ def test_the_mean_of_the_parameters_weighs_each_update_by_its_age(elementwise: b
         seen.append(tree.ravel(params)[0])
         weights = 0.9 ** torch.arange(step, -1, -1, dtype=torch.float64)
         mean = (weights @ torch.stack(seen)) / weights.sum()
-        torch.testing.assert_close(tree.ravel(optim.average(state, params))[0], mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(tree.ravel(optim.mean_params(state, params))[0], mean, rtol=1e-12, atol=1e-12)
     assert tree.equal((params, state.inner), (expected, expected_state))
 
 
@@ -329,12 +329,12 @@ def test_updates_that_overflow_count_for_nothing_in_the_mean(generator: Generato
     grads = tree.map(torch.ones_like, params)
     state = ours.init(params)
     first, state = ours.update(grads, state, params, torch.tensor(0))
-    assert tree.equal(optim.average(state, first), first)
+    assert tree.equal(optim.mean_params(state, first), first)
     same, state = ours.update(grads | {"a": grads["a"] * math.inf}, state, first, torch.tensor(1))
-    assert tree.equal((same, optim.average(state, same)), (first, first))
+    assert tree.equal((same, optim.mean_params(state, same)), (first, first))
     last, state = ours.update(grads, state, same, torch.tensor(2))
     mean = tree.map(lambda early, late: (early + 2 * late) / 3, first, last)
-    torch.testing.assert_close(optim.average(state, last), mean)
+    torch.testing.assert_close(optim.mean_params(state, last), mean)
     assert torch.equal(mean["b"], params["b"])
 
 
@@ -347,7 +347,7 @@ def test_the_mean_of_parameters_in_16_bits_is_kept_in_32() -> None:
     weights = 0.999 ** torch.arange(99, -1, -1)
     expected = (weights @ torch.arange(258.0, 458.0, 2)) / weights.sum()
     torch.testing.assert_close(state.mean, expected.view(1))
-    found = optim.average(state, params)["a"]
+    found = optim.mean_params(state, params)["a"]
     assert (found.dtype, found) == (torch.bfloat16, expected.bfloat16())
 
 
@@ -358,12 +358,12 @@ def test_the_mean_of_each_member_of_an_ensemble(generator: Generator) -> None:
     for step in range(3):
         grads = tree.map(lambda leaf: torch.randn(leaf.shape, generator=generator), params)
         params, state = torch.vmap(ours.update)(grads, state, params, torch.full((3,), step))
-    found = torch.vmap(optim.average)(state, params)
+    found = torch.vmap(optim.mean_params)(state, params)
     for index in range(3):
         one = tree.map(lambda leaf, index=index: leaf[index], (state, params))
-        assert tree.equal(optim.average(*one), tree.map(lambda leaf, index=index: leaf[index], found))
+        assert tree.equal(optim.mean_params(*one), tree.map(lambda leaf, index=index: leaf[index], found))
     with pytest.raises(ValueError, match=r"opt_state: got a mean of shape \(3, 6\) for 18 parameters; expected .*vmap"):
-        optim.average(state, params)
+        optim.mean_params(state, params)
 
 
 @pytest.mark.traced
@@ -380,7 +380,7 @@ def test_the_mean_is_a_copy() -> None:
     ours, params = optim.averaged(optim.sgd(0.1)), {"a": torch.ones(2)}
     state = ours.init(params)
     before = tree.clone((state, params))
-    optim.average(state, params)["a"].zero_()
+    optim.mean_params(state, params)["a"].zero_()
     ours.update(params, state, params, torch.tensor(0))
     assert tree.equal((state, params), before)
 
@@ -393,10 +393,10 @@ def test_a_mean_that_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"optimizer: got a scaled one, .* expected scaled\(averaged\("):
         optim.averaged(optim.scaled(optim.sgd(0.1))).init(params)
     with pytest.raises(ValueError, match="opt_state: got a Momentum, expected that of an optimizer under averaged"):
-        optim.average(optim.scaled(optim.sgd(0.1)).init(params), params)
+        optim.mean_params(optim.scaled(optim.sgd(0.1)).init(params), params)
     within = optim.frozen(optim.averaged(optim.sgd(0.1)), "a")
     with pytest.raises(ValueError, match=r"opt_state: got a mean of shape \(3,\) for 5 .* to go around frozen"):
-        optim.average(within.init(params), params)
+        optim.mean_params(within.init(params), params)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, math.inf, math.nan, None])

@@ -67,6 +67,9 @@ def test_training_without_a_seed_names_the_layers(problem: Problem) -> None:
         "1 (LSTM)",
         "2 (StochasticDepth)",
     ]
+    places = torch.rand(1, 3, 2)
+    pooling = nn.FractionalMaxPool2d(2, output_size=2), nn.FractionalMaxPool2d(2, output_size=2, _random_samples=places)
+    assert drawing_layers(nn.Sequential(*pooling)) == ["0 (FractionalMaxPool2d)"]
 
 
 @of_jvp
@@ -262,6 +265,8 @@ def test_what_torch_refuses_is_refused_under_a_seed() -> None:
     for p in (-0.5, 1.5):
         with Seeded(0), pytest.raises(ValueError, match=f"dropout: got the probability {p}, expected 0 to 1"):
             F.dropout(x, p)
+        with Seeded(0), pytest.raises(ValueError, match=f"dropout: got the probability {p}, expected 0 to 1"):
+            F.alpha_dropout(x, p, True)
     mask = torch.ones(2, 2, dtype=torch.bool)
     with Seeded(0), pytest.raises(ValueError, match="got attn_mask and is_causal=True, expected one of them"):
         F.scaled_dot_product_attention(x, x, x, mask, dropout_p=0.5, is_causal=True)

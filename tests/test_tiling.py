@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from hyperfunc.tiling import assemble, tile, window_key
+from hyperfunc.tiling import assemble, plain_kernel, tile, window_key
 
 
 def test_units_are_row_major_output_tiles_first() -> None:
-    tiling = tile({"w": (32, 48, 3, 3)})
+    tiling = tile({"w": plain_kernel((32, 48, 3, 3))})
     (layer,) = tiling.layers["3x3"]
     assert layer.grid == (2, 3)
     # Each basic kernel holds its own number everywhere.
@@ -20,7 +20,7 @@ def test_units_are_row_major_output_tiles_first() -> None:
 
 def test_runs_of_equal_layers_and_others_keep_their_order() -> None:
     shapes = {"a": (4, 4, 3, 3), "b": (4, 4, 3, 3), "c": (8, 4, 3, 3), "d": (4, 4, 3, 3)}
-    tiling = tile(shapes, unit=(4, 4))
+    tiling = tile({name: plain_kernel(shape) for name, shape in shapes.items()}, unit=(4, 4))
     units = torch.arange(5.0)[:, None, None, None, None].expand(5, 4, 4, 3, 3)
     kernels = assemble(tiling.layers["3x3"], units)
     assert list(kernels) == list(shapes)
@@ -29,15 +29,18 @@ def test_runs_of_equal_layers_and_others_keep_their_order() -> None:
 
 
 def test_overhang_is_cropped() -> None:
-    tiling = tile({"w": (20, 3, 5)}, unit=(16, 16))
+    tiling = tile({"w": plain_kernel((20, 3, 5))}, unit=(16, 16))
     (layer,) = tiling.layers["5"]
     assert (layer.grid, layer.units, layer.fan_in) == ((2, 1), 2, 15)
     assert assemble([layer], torch.randn(2, 16, 16, 5))["w"].shape == (20, 3, 5)
 
 
 def test_two_dimensional_windows_come_out_channels_last() -> None:
-    tiling = tile({"w": (32, 32, 3, 3), "one": (16, 16, 3, 3)})
-    for kernel in assemble(tiling.layers["3x3"], torch.randn(3, 3, 5, 16, 16).permute(2, 3, 4, 0, 1)).values():
+    """Cropped ones too."""
+    shapes = (32, 32), (16, 16), (20, 16), (16, 20), (16, 20), (20, 20)
+    tiling = tile({str(number): plain_kernel((*shape, 3, 3)) for number, shape in enumerate(shapes)})
+    units = torch.randn(3, 3, sum(layer.units for layer in tiling.layers["3x3"]), 16, 16).permute(2, 3, 4, 0, 1)
+    for kernel in assemble(tiling.layers["3x3"], units).values():
         assert kernel.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -46,7 +49,5 @@ def test_keys() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(
-        ValueError, match=r"bias: a generated tensor needs the shape \(out, in, \*window\), got \(16,\)"
-    ):
-        tile({"bias": (16,)})
+    with pytest.raises(ValueError, match=r"a generated tensor needs the shape \(out, in, \*window\), got \(16,\)"):
+        plain_kernel((16,))
