@@ -308,7 +308,7 @@ def load_to_evaluate(batch: tuple[data.Images, data.Normalization]) -> tuple[Ten
     """Pictures and labels of one of `evaluation_batches`. The normalization comes with it, so that one compiled and
     captured step evaluates runs that are trained on different pictures."""
     images, normalization = batch
-    return data.make_eval_load(normalization)(images)
+    return data.normalize(images.pixels, normalization), images.labels
 
 
 def make_step(members: Sequence[Run]) -> training.Step[training.Metrics]:
@@ -422,36 +422,37 @@ def make_engine(
     step, eval_step, calibration_step, size = run.step, run.eval_step, run.calibration_step, run.config.batch_size
     if engine == "eager":
         return training.scan(step, size), eval_step, calibration_step
+    is_compiled, is_captured = engine.startswith("compiled"), "graph" in engine
     count = len(run.dataset.train.labels)
     draws = [data.draw_epoch(one.config.seed, 0, count, flip=run.dataset.flip) for one in members]
     draw = population.side_by_side(draws)
     state = population.stack([one.state for one in members])
-    if engine.startswith("compiled"):
-        batch = tree.to(next(data.batches(draw, size)), run.device)
+    network = run.model.weights(run.state.params), run.state.batch_stats
+    pictures = next(evaluation_batches(run, run.dataset.test))
+    batch = tree.to(next(data.batches(draw, size)), run.device)
+    own_batch = run.rows_of(tree.to(next(data.batches(draws[0], size)), run.device))
+    if is_compiled:
         printer.say(f"engine       {engine}: compiling, which takes a minute or more the first time")
-        step = capture.compile_step(step, batch, channels_last=len(members) == 1)
-        # The step is pure: what this computes is thrown away, and the state is as it was.
+        # All of it is pure: what is computed here is thrown away, and the state is as it was.
         with printer.waiting(f"compiling {engine}"):
+            step = capture.compile_step(step, batch, channels_last=len(members) == 1)
             step(state, batch)
-    step = training.scan(step, size)
-    if "graph" in engine:
-        # Evaluation is compiled when it is captured.
-        with printer.waiting("compiling and capturing" if engine.startswith("compiled") else "capturing"):
-            rows = tree.to(next(data.batches(draw, together * size)), run.device)
-            with run.ranks.at_device():
-                step = capture.capture(step, state, rows)
-                for length in other_lengths(run, together):
-                    step(state, tree.to(next(data.batches(draw, length)), run.device))  # has a graph of its own
-            network = run.model.weights(run.state.params), run.state.batch_stats
-            pictures = next(evaluation_batches(run, run.dataset.test))
-            if engine.startswith("compiled"):
+            if is_captured:
                 eval_step = capture.compile_step(eval_step, pictures)
+                eval_step(network, pictures)
+            if is_captured and calibration_step is not None:
+                calibration_step = capture.compile_step(calibration_step, own_batch)
+                calibration_step(network, own_batch)
+    step = training.scan(step, size)
+    if is_captured:
+        run.ranks.gather("")  # one may have compiled for far longer than another
+        with printer.waiting("capturing"), run.ranks.at_device():
+            step = capture.capture(step, state, tree.to(next(data.batches(draw, together * size)), run.device))
+            for length in other_lengths(run, together):
+                step(state, tree.to(next(data.batches(draw, length)), run.device))  # has a graph of its own
             eval_step = capture.capture_evaluation(eval_step, network, pictures)
             if calibration_step is not None:
-                rows = run.rows_of(tree.to(next(data.batches(draws[0], size)), run.device))
-                if engine.startswith("compiled"):
-                    calibration_step = capture.compile_step(calibration_step, rows)
-                calibration_step = capture.capture(calibration_step, network, rows)
+                calibration_step = capture.capture(calibration_step, network, own_batch)
     return step, eval_step, calibration_step
 
 

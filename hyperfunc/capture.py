@@ -144,7 +144,7 @@ def capture(step: Step, state: Any, batch: Any) -> Step:
         def warm_up() -> None:
             step(own_state, own_batch)
             # As it is, because the state must not change: the kernel that copies has to have run before as well.
-            tree.overwrite(own_leaves, own_leaves)
+            _overwrite(own_leaves, own_leaves)
 
         return warm_up, advance
 
@@ -192,7 +192,7 @@ def capture_evaluation(function: Evaluation, network: Any, batch: Any) -> Evalua
         if network is not last:
             leaves = _leaves_like("network", network, own_network)
             last = None  # until the copy is whole
-            tree.overwrite(tree.leaves(own_network), leaves)
+            _overwrite(tree.leaves(own_network), leaves)
             last = network
         return run()
 
@@ -238,7 +238,7 @@ class _Graphs:
 
         def run() -> Any:
             # The host does this for every replay: everything that can be known before is.
-            tree.overwrite(own, given)
+            _overwrite(own, given)
             graph.replay()
             return rebuild([result.clone() for result in results])
 
@@ -377,8 +377,19 @@ def _move_into(own: Sequence[Tensor], new: Sequence[Tensor], beside: Any = ()) -
     changed = [(old, leaf) for old, leaf in zip(own, new, strict=True) if leaf is not old]
     # What still is the old state, in another place, must be read before the new one is written over it.
     values, beside = _apart(([leaf for _, leaf in changed], beside), own)
-    tree.overwrite([old for old, _ in changed], values)
+    _overwrite([old for old, _ in changed], values)
     return beside
+
+
+def _overwrite(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Leaf by leaf; one operation a dtype, because a list of several is copied one by one."""
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for ours, theirs in zip(into, values, strict=True):
+        group = by_dtype.setdefault(ours.dtype, ([], []))
+        group[0].append(ours)
+        group[1].append(theirs)
+    for ours, theirs in by_dtype.values():
+        torch.ops.aten._foreach_copy_(ours, theirs)
 
 
 def _leaves_like(name: str, found: Any, expected: Any, *, but_length: bool = False) -> list[Tensor]:

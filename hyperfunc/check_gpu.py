@@ -63,18 +63,24 @@ def why_no_fast_step(device: torch.device) -> str:
     def step(state: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
         return state + batch.square(), batch.mean()
 
-    stage = "compiled", "Triton needs a C compiler and Python's headers, as of gcc and python3-dev; --engine graph"
-    try:
-        fast = capture.compile_step(step, batch)
-        fast(state, batch)
-        stage = "captured", "--engine compiled"
-        found = capture.capture(fast, state, batch)(state, batch)
-        expected = step(state, batch)
-        reason = "" if all(map(torch.allclose, found, expected)) else f"it gave {found}, expected {expected}"
-    except Exception as error:  # the compiler and what it calls raise errors of many kinds
-        reason = one_line(error)[:200]
-    done, cure = stage
-    return reason and f"no {done} step on {device}: {reason}; {cure} of train.py does without"
+    expected, fast = step(state, batch), step
+    for done, make, cure in (
+        (
+            "compiled",
+            lambda fast: capture.compile_step(fast, batch),
+            "Triton needs a C compiler and Python's headers, as of gcc and python3-dev; --engine graph",
+        ),
+        ("captured", lambda fast: capture.capture(fast, state, batch), "--engine compiled"),
+    ):
+        try:
+            fast = make(fast)
+            found = fast(state, batch)
+            reason = "" if all(map(torch.allclose, found, expected)) else f"it gave {found}, expected {expected}"
+        except Exception as error:  # the compiler and what it calls raise errors of many kinds
+            reason = one_line(error)[:200]
+        if reason:
+            return f"no {done} step on {device}: {reason}; {cure} of train.py does without"
+    return ""
 
 
 def train_one_step(device: torch.device) -> float:

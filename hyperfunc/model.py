@@ -323,7 +323,7 @@ def make_forward(module: nn.Module) -> Forward:
         if train and seed is None and drawing:
             raise ValueError(
                 f"seed: the module is random in training, in {some(drawing, 4)}; give apply a seed=, another one for "
-                "each step, or set the rates of its dropout to 0"
+                "each step, or take the randomness out of them, as by a rate of 0"
             )
         if not isinstance(batch_stats, dict):
             raise ValueError(

@@ -30,7 +30,8 @@ _STEP = 0x1E3779B9
 def drawing_layers(module: nn.Module) -> list[str]:
     """The layers of `module` that draw random numbers in training, as `path (type)`.
 
-    Only layers are seen; a forward method may call `functional.dropout` by itself.
+    Only layers are seen; a forward method may call `functional.dropout` by itself. Of these, fractional pooling alone
+    draws in evaluation too.
     """
     return [f"{path or 'it'} ({type(layer).__name__})" for path, layer in module.named_modules() if _rate_of(layer) > 0]
 

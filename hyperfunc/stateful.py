@@ -1,7 +1,7 @@
 """A model as an ordinary `nn.Module` that holds its parameters and statistics: for programs that are built on modules,
 optimizers of torch, `DistributedDataParallel`, trainers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,7 +79,9 @@ class Stateful(nn.Module):
             kwargs["seed"] = torch.randint(2**62, (), device=tree.leaves(params)[0].device)
         outputs, new_stats = self._function(params, batch_stats, *args, train=self.training, **kwargs)
         if self.training:
-            _write(self._buffer_places, tree.leaves(new_stats))
+            with torch.no_grad():
+                for place, new in zip(self._buffer_places, tree.leaves(new_stats), strict=True):
+                    _write(place, new)
         return outputs
 
     def extra_repr(self) -> str:
@@ -160,13 +162,10 @@ def _check_free(holder: nn.Module, name: str, path: str) -> None:
         )
 
 
-@torch.no_grad()
-def _write(places: Sequence[Place], values: Sequence[Tensor]) -> None:
-    pairs: list[tuple[Tensor, Tensor]] = []
-    for (holder, name), new in zip(places, values, strict=True):
-        old = getattr(holder, name)
-        if (old.shape, old.dtype) == (new.shape, new.dtype):
-            pairs.append((old, new))
-        else:  # forward has put another in its place
-            setattr(holder, name, new.detach())
-    tree.overwrite([old for old, _ in pairs], [new for _, new in pairs])
+def _write(place: Place, new: Tensor) -> None:
+    holder, name = place
+    old = getattr(holder, name)
+    if (old.shape, old.dtype) == (new.shape, new.dtype):
+        old.copy_(new)
+    else:  # forward has put another in its place
+        setattr(holder, name, new.detach())

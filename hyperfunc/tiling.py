@@ -157,7 +157,7 @@ def _assemble_run(layer: Layer, count: int, rows: Float[Tensor, "units cout *win
         whole = whole[:, : kernel.plane[0], ..., : kernel.plane[1]]
     is_plain = kernel.plane == kernel.shape and not kernel.transposed
     if is_plain and not kernel.mean and kernel.zero_row is None:
-        if whole.stride(-2) != whole.shape[-1]:  # cropped: a convolution would copy each kernel by itself
+        if layer.window and whole.stride(-2) != whole.shape[-1]:  # cropped: a convolution would copy each by itself
             whole = whole.contiguous()
         # Moved after they are parted: the gradients of channels_last kernels then are put together as they lie.
         return tuple(part.movedim(-1, 1) for part in whole.unbind(0))

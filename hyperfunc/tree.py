@@ -125,18 +125,6 @@ def fetch(tree: Tree) -> Tree:
     return rebuild(_copies(values, "cpu"))
 
 
-def overwrite(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copies values into tensors of their shapes and dtypes; one operation a dtype, because a list of several is copied
-    one by one."""
-    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-    for ours, theirs in zip(into, values, strict=True):
-        group = by_dtype.setdefault(ours.dtype, ([], []))
-        group[0].append(ours)
-        group[1].append(theirs)
-    for ours, theirs in by_dtype.values():
-        torch.ops.aten._foreach_copy_(ours, theirs)
-
-
 def vectors(tree: Any) -> list[Tensor]:
     """All leaves as a few vectors, each of one dtype and device, in no order that means anything; not to be written."""
     return [_join(group) for group, _ in _groups(leaves(tree))]

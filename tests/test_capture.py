@@ -1,5 +1,6 @@
 import contextlib
 import gc
+import itertools
 import weakref
 from functools import partial
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from helpers import assert_trees_equal, unchecked
 from torch import Tensor, nn
 
 import hyperfunc as hf
+import train
 from hyperfunc import capture, data, optim, training, tree
 from hyperfunc.precision import Precision
 from hyperfunc.training import EvalStep, Step, TrainState
@@ -402,16 +404,48 @@ def test_a_state_made_of_parts_of_the_last_one_may_have_them_in_other_places(dev
     assert (state["a"].tolist(), state["b"].tolist(), seen.tolist()) == ([2, 2], [1, 1], [2, 2])
 
 
+def problem_of_an_evaluation(device: str) -> tuple[EvalStep, list[Any], list[Any]]:
+    """As train.py evaluates; and networks, and batches of runs that are trained on different pictures."""
+    model = small()
+    eval_step = training.make_eval_step(model, load=train.load_to_evaluate)
+    networks: list[Any] = []
+    batches: list[Any] = []
+    for seed in range(2):
+        generator = data.seeded_generator("evaluation", seed)
+        params, batch_stats = tree.to(model.init(generator), device)
+        networks.append((model.weights(params), batch_stats))
+        pixels = torch.randint(100 + 100 * seed, (6, 12, 12, 3), dtype=torch.uint8, generator=generator)
+        images = data.Images(pixels, torch.arange(6))
+        batches.append(tree.to((images, data.measure(images)), device))
+    return eval_step, networks, batches
+
+
+def test_one_captured_evaluation_serves_runs_on_other_pictures(device: str) -> None:
+    eval_step, networks, batches = problem_of_an_evaluation(device)
+    captured = capture.capture_evaluation(eval_step, networks[0], batches[0])
+    for network, (images, normalization) in itertools.product(networks, itertools.product(*zip(*batches, strict=True))):
+        found, expected = (run(network, (images, normalization)) for run in (captured, eval_step))
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.traced
+def test_a_compiled_evaluation_serves_runs_on_other_pictures() -> None:
+    eval_step, networks, batches = problem_of_an_evaluation("cpu")
+    compiled = capture.compile_step(eval_step, batches[0])
+    for network, batch in itertools.product(networks, batches):
+        torch.testing.assert_close(compiled(network, batch), eval_step(network, batch))
+
+
 def test_what_a_step_leaves_alone_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded.install(monkeypatch)
     copied: list[int] = []
-    overwrite = tree.overwrite
+    overwrite = capture._overwrite
 
     def count(into: list[Tensor], values: list[Tensor]) -> None:
         copied.append(len(into))
         overwrite(into, values)
 
-    monkeypatch.setattr(tree, "overwrite", count)
+    monkeypatch.setattr(capture, "_overwrite", count)
 
     def step(state: dict[str, Tensor], batch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         # Of the first two each becomes what the other was.
@@ -451,7 +485,7 @@ def test_a_network_of_which_a_part_was_copied_is_not_taken_for_the_last_one(
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(tree, "overwrite", break_off)
+        patch.setattr(capture, "_overwrite", break_off)
         with pytest.raises(torch.OutOfMemoryError):
             captured(second, first)
     assert captured(first, first).tolist() == [1, 1]

@@ -74,6 +74,13 @@ def test_a_compiler_that_is_not_there_is_the_reason(monkeypatch: pytest.MonkeyPa
     assert found.endswith("--engine graph of train.py does without")
 
 
+def test_a_compiler_that_computes_something_else_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "compile_step", lambda _step, batch: lambda state, batch: (state, batch.sum()))
+    found = check_gpu.why_no_fast_step(torch.device("cpu"))
+    assert found.startswith("no compiled step on cpu: it gave (tensor([1., 1.")
+    assert found.endswith("--engine graph of train.py does without")
+
+
 def test_what_can_be_compiled_but_not_captured_has_another_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     def capture_nothing(*_: object) -> None:
         raise RuntimeError("no graph")

@@ -149,7 +149,7 @@ def test_what_cannot_be_compiled_is_still_captured(
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_several_seeds_in_one_graph(precision: Precision, folder: Path, tmp_path: Path) -> None:
-    flags = gpu(folder, "--engine", "graph", "--precision", precision)
+    flags = gpu(folder, "--engine", "graph", "--precision", precision, "--val-size", "4", "--calibrate", "2")
     done = run_train(*flags, "--seeds", "0,1", "--checkpoint-path", "both.pth", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     done = run_train(*flags, "--seed", "1", "--checkpoint-path", "alone.pth", cwd=tmp_path)

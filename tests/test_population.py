@@ -1,6 +1,7 @@
 """Several runs in one step, the runs that a sweep consists of, and train.py --seeds as a user starts it."""
 
 import gc
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recorded
 import torch
 from helpers import (
     RunHere,
@@ -354,6 +356,29 @@ def test_runs_on_other_pictures_are_evaluated_by_one_step_and_each_as_alone(
         eval_step = training.make_eval_step(run.model, load=data.make_eval_load(run.normalization))
         metrics = training.evaluate(run.model, params, batch_stats, [run.dataset.test], eval_step=eval_step)
         assert run.progress.history[0]["test/loss"] == pytest.approx(float(metrics.mean_loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("seeds", [["--seed", "5"], ["--seeds", "3,5", "--seeds-per-step", "2"]])
+def test_by_graphs_runs_train_and_evaluate_as_without(
+    seeds: list[str], folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = small(folder, *seeds, "--epochs", "2", "--val-size", "5", "--calibrate", "2", "--ema-decay", "0.5")
+    flags += ["--eval-batch-size", "6", "--lr", "0.0001"]
+    histories: list[Any] = []
+    for engine in ("eager", "graph"):
+        with monkeypatch.context() as patch:
+            recorded.install(patch)
+            patch.setattr(train, "choose_engine", lambda _run, _printer, engine=engine: engine)
+            done = run_here(*flags, "--checkpoint-path", f"{engine}/run.pth")
+        assert done.returncode == 0, done.stderr
+        assert (" steps a graph" in done.stdout) == (engine == "graph")
+        paths = sorted((tmp_path / engine).glob("*.pth"))
+        histories.append([checkpoint.load(path).notes["progress"]["history"] for path in paths])
+    eager, graph = histories
+    assert len(eager) == len(graph) == len(seeds) // 2
+    for ours, theirs in zip(itertools.chain(*graph), itertools.chain(*eager), strict=True):
+        for name in ("train/loss", "val/loss", "test/loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
 
 
 def test_one_seed_a_step_is_the_single_run_to_the_bit(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
