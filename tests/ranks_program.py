@@ -149,6 +149,8 @@ def main() -> None:
         found["evaluations"] = evaluations(ranks)
         found["differences"] = differences(ranks)
         found["flags"] = [ranks.tell(ranks.rank == 0), ranks.tell(ranks.rank == 1)]
+        time.sleep(0.3 * ranks.rank)
+        found["gathered"] = ranks.gather(f"of {ranks.rank}")
         own = agreement(ranks)
         ranks.compare({}, {"what was agreed": own})
         found["agreement"] = own

@@ -75,6 +75,10 @@ def test_rank_0_tells_the_others(found: dict[str, Any]) -> None:
     assert found["flags"] == [True, False]
 
 
+def test_what_each_gives_is_gathered(found: dict[str, Any]) -> None:
+    assert found["gathered"] == [f"of {rank}" for rank in range(found["world"])]
+
+
 def test_ranks_agree_on_a_place(found: dict[str, Any]) -> None:
     # That all ranks did the same at the same places they have compared themselves.
     assert [order for _, order in found["agreement"]] == [10, 20]
