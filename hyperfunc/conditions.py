@@ -11,12 +11,15 @@ the generator's biases give, and the parameters that are not generated.
 from __future__ import annotations
 
 import copy
+import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Integer
+from safetensors import torch as safetensors_torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -236,7 +239,8 @@ def conditional(model: Model, encoder: Encoder) -> Conditional:
 def table(count: int) -> Encoder:
     """For tasks by number, from 0 to `count` - 1: the code is one-hot, so that each task has embeddings of its own.
 
-    A condition is an integer tensor of shape (); a batch of them has the shape (n,).
+    A condition is an integer tensor of shape (); a batch of them has the shape (n,). On a GPU, under `torch.vmap` and
+    when compiled nobody can look at a number, and one out of range gets a code of zeros.
 
     Raises:
         ValueError: `count` is not a whole number of at least 1.
@@ -250,10 +254,10 @@ def table(count: int) -> Encoder:
                 f"condition: got {tree.describe(conditions[0])}, expected the number of a task, an integer tensor of "
                 "shape () for one condition and (n,) for a batch; for a condition for each sample there is apply_each"
             )
-        conditions = conditions.long()  # as an index uint8 would be a mask
         if tree.is_readable(conditions) and not bool(((conditions >= 0) & (conditions < count)).all()):
             raise ValueError(f"condition: got task {conditions.tolist()}, expected 0 to {count - 1}")
-        return torch.eye(count, device=conditions.device)[conditions]
+        numbers = torch.arange(count, device=conditions.device)
+        return (conditions.unsqueeze(1) == numbers).to(torch.get_default_dtype())
 
     return _described(apply, count, function="table", count=count)
 
@@ -267,7 +271,7 @@ def bounded(low: Sequence[float], high: Sequence[float]) -> Encoder:
 
     Raises:
         ValueError: The bounds are no sequences, or of different lengths or empty, or a lower one is not below its
-            upper one.
+            upper one, or not finite.
     """
     for name, bounds in (("low", low), ("high", high)):
         if not hasattr(bounds, "__len__"):
@@ -278,7 +282,9 @@ def bounded(low: Sequence[float], high: Sequence[float]) -> Encoder:
         raise ValueError(f"low, high: got {len(low)} and {len(high)} bounds, expected one of each for every entry")
     for lower, upper in zip(low, high, strict=True):
         _check_bounds(lower, upper)
-    lows, spans = tuple(low), tuple(upper - lower for lower, upper in zip(low, high, strict=True))
+    bounds = {"low": [float(bound) for bound in low], "high": [float(bound) for bound in high]}
+    lows = bounds["low"]
+    spans = [upper - lower for lower, upper in zip(*bounds.values(), strict=True)]
 
     def apply(_params: Any, conditions: Float[Tensor, "n entries"]) -> Float[Tensor, "n code"]:
         if conditions.dim() != 2 or conditions.shape[1] != len(lows):
@@ -290,22 +296,26 @@ def bounded(low: Sequence[float], high: Sequence[float]) -> Encoder:
         columns = zip(conditions.unbind(1), lows, spans, strict=True)
         return encode_bounded(torch.stack([(column - lower) / span for column, lower, span in columns], dim=1))
 
-    bounds = {"low": [float(bound) for bound in low], "high": [float(bound) for bound in high]}
     return _described(apply, 2 * len(lows), function="bounded", **bounds)
 
 
 def encoder_recipe(encoder: Encoder) -> dict[str, Any] | None:
-    """The function that made an encoder, `table` or `bounded`, and its arguments, as JSON can hold them: what a file
-    needs to make it again. None for one that is made of code."""
+    """The function that made an encoder and its arguments, as JSON can hold them: what a file needs to make it again,
+    or, of one that `from_module` made, to know it by. None for one that is made of other code."""
     function, recipe = getattr(encoder.apply, "_recipe", (None, None))
     return recipe if function is encoder.apply else None
 
 
-def _described(apply: Callable[[Any, Tensor], Tensor], code_dim: int, **recipe: Any) -> Encoder:
-    """An encoder without parameters. Its recipe stands at the function, and names it: one that wraps it gets a copy of
-    what stands there."""
+def _described(
+    apply: Callable[[Any, Tensor], Tensor],
+    code_dim: int,
+    init: Callable[[Generator], Any] = lambda _generator: {},
+    **recipe: Any,
+) -> Encoder:
+    """An encoder, without parameters if no `init` is given. Its recipe stands at the function `apply`, and names it:
+    one that wraps it gets a copy of what stands there."""
     vars(apply)["_recipe"] = apply, recipe
-    return Encoder(lambda _generator: {}, apply, code_dim)
+    return Encoder(init, apply, code_dim)
 
 
 def from_module(module: nn.Module, code_dim: int) -> Encoder:
@@ -360,7 +370,8 @@ def from_module(module: nn.Module, code_dim: int) -> Encoder:
                 "made for"
             ) from error
 
-    return Encoder(init, apply, code_dim)
+    content = safetensors_torch.save(tree.map(Tensor.contiguous, buffers))
+    return _described(apply, code_dim, init, function="from_module", buffers=hashlib.sha256(content).hexdigest())
 
 
 def encode_bounded(
@@ -378,7 +389,7 @@ def encode_bounded(
         high: The greatest value.
 
     Raises:
-        ValueError: `low` is not below `high`, or the last dimension is empty.
+        ValueError: `low` is not below `high`, or one is not finite, or the last dimension is empty.
     """
     _check_bounds(low, high)
     if not values.dim() or not values.shape[-1]:
@@ -470,8 +481,8 @@ def _draw_alike(generator: Generator, p: HyperNetParams, z: Float[Tensor, "units
 
 
 def _check_bounds(low: float, high: float) -> None:
-    if not low < high:
-        raise ValueError(f"low, high: got {low} and {high}, expected the first to be less than the second")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"low, high: got {low} and {high}, expected finite numbers, the first less than the second")
 
 
 def _check_tensor(name: str, conditions: Any) -> None:

@@ -122,6 +122,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes, *, keep_old_as: Pa
             _keep(path, keep_old_as)
             leftovers.append(keep_old_as)
         os.replace(temporary, path)
+        leftovers.clear()  # an interrupt from here on must not take the old file away
     except BaseException:
         for leftover in leftovers:
             leftover.unlink(missing_ok=True)

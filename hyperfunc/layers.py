@@ -13,6 +13,8 @@ RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+OUTPUT_PROJECTION = nn.modules.linear.NonDynamicallyQuantizableLinear
+"""What `nn.MultiheadAttention` has as `out_proj`, and nothing else of torch."""
 
 
 def is_linear_map(layer: nn.Module, name: str) -> bool:
@@ -34,9 +36,9 @@ def kernel_of(layer: nn.Module, name: str, unit: tuple[int, int]) -> Kernel:
 
     The variance keeps the scale of what goes through: 2 / fan_in (He et al. 2015, equation 10) for convolutions and
     linear layers, and for parameters of layers that are not known here, which are read as (out, in, *window);
-    1 / fan_in, without the 2 that makes up for a rectifier, for the projections of an attention (Glorot and Bengio
-    2010) and for recurrent layers; 1 for embeddings, as torch draws them, because a lookup sums over nothing. Biases
-    start at 0 and norms at 1 exactly.
+    1 / fan_in, without the 2 that makes up for a rectifier, for the projections of `nn.MultiheadAttention` (Glorot and
+    Bengio 2010) and for recurrent layers; 1 for embeddings, as torch draws them, because a lookup sums over nothing.
+    Biases start at 0 and norms at 1 exactly.
 
     Fan-in is counted as the sum has it. Each of an attention's stacked projections sums over its own input alone. One
     output of a transposed convolution sums over the input channels of its group, and over those taps of the window that
@@ -59,7 +61,7 @@ def kernel_of(layer: nn.Module, name: str, unit: tuple[int, int]) -> Kernel:
     if not math.prod(shape):
         raise ValueError(f"it has the shape {shape}, without any entry; leave it out of the targets")
     is_norm = isinstance(layer, NORMS)
-    if len(shape) == 1 or is_norm:
+    if len(shape) == 1 or is_norm or (isinstance(layer, nn.MultiheadAttention) and name in ("bias_k", "bias_v")):
         if not is_norm and "bias" not in name:
             raise ValueError(
                 f"where its vector `{name}` starts is not known of {type(layer).__name__}; leave it out of the "
@@ -77,7 +79,7 @@ def kernel_of(layer: nn.Module, name: str, unit: tuple[int, int]) -> Kernel:
     if isinstance(layer, EMBEDDINGS) and name == "weight":
         return Kernel(shape, shape, 1, 1.0, zero_row=layer.padding_idx)
     kernel = plain_kernel(shape)
-    if isinstance(layer, (nn.MultiheadAttention, *RECURRENT)):
+    if isinstance(layer, (nn.MultiheadAttention, OUTPUT_PROJECTION, *RECURRENT)):
         return kernel._replace(std=kernel.fan_in**-0.5)
     return kernel
 

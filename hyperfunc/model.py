@@ -29,7 +29,7 @@ from hyperfunc.randomness import Seed, Seeded, as_traced, drawing_layers
 from hyperfunc.residual import Block, ResNet, Shortcut, init_weights
 from hyperfunc.targets import Std, Targets, choose, with_std
 from hyperfunc.tiling import Kernel, Tiling, assemble, plain_kernel, tile
-from hyperfunc.vmap_rules import VmapRules, check_mapped_training, counting_norms
+from hyperfunc.vmap_rules import VmapRules, autocast_under_vmap, check_mapped_training, counting_norms
 
 BatchStats = dict[str, Tensor]
 """The module's buffers by name: running means and variances of its batch norms, and whatever else it keeps."""
@@ -270,7 +270,7 @@ def from_recipe(recipe: Mapping[str, Any], module: nn.Module | None = None) -> M
     except ValueError as error:
         if module is None:
             raise
-        raise ValueError(f"module: it is not the one that the model was made of: {error}") from None
+        raise ValueError(f"module: expected the one that the model was made of, or one like it: {error}") from None
 
 
 def check_model(
@@ -339,7 +339,12 @@ def make_forward(module: nn.Module) -> Forward:
             check_mapped_training(counting)
             new_stats = tree.mapped_with(new_stats, (weights, args, kwargs, seed))
         values = {**{name: _safe_order(leaf, has_onednn) for name, leaf in weights.items()}, **new_stats}
-        with VmapRules() if is_mapped else nullcontext(), nullcontext() if seed is None else Seeded(seed):
+        device = next((leaf.device for leaf in values.values()), torch.device("cpu"))
+        with (
+            autocast_under_vmap(device) if is_mapped else nullcontext(),
+            VmapRules() if is_mapped else nullcontext(),
+            nullcontext() if seed is None else Seeded(seed),
+        ):
             # A name that the module does not know would be passed over in silence. The host takes long to look at all
             # names of what is tied, so that it does where it may find something.
             is_known = values.keys() == names
@@ -427,6 +432,7 @@ def _make_model(
         key: ((z_dim,), *generator_shapes(layers[0].window, unit, z_dim, hidden_dim))
         for key, layers in tiling.layers.items()
     }
+    primary_shapes = {name: p.shape for name, p in parameters.items() if name not in generated}
     _check_dtypes(tiling, parameters)
     linear_maps = {name for name in tiling.names if _is_linear_map(module, name)}
 
@@ -469,6 +475,12 @@ def _make_model(
                     f"params: the embeddings and the generator of '{key}' have the shapes "
                     f"{', '.join(str(tuple(shape)) for shape in shapes)}, expected "
                     f"{', '.join(str(shape) for shape in shapes_of[key])}; give those of its init"
+                )
+        for name, leaf in params.primary.items():
+            if leaf.shape != (shape := primary_shapes.get(name, leaf.shape)):  # an unknown name is found by `forward`
+                raise ValueError(
+                    f"params: primary/{name} has the shape {tuple(leaf.shape)}, expected {tuple(shape)}; give those of "
+                    "its init"
                 )
 
     def kernels(params: Params) -> dict[str, Tensor]:

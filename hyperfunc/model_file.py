@@ -98,11 +98,12 @@ def load_conditional(
         path: The file.
         module: As of `load`.
         encoder: For an encoder that is neither `conditions.table` nor `conditions.bounded`, one made as it was. Its
-            parameters come from the file; a module's buffers, which are constants, come with the encoder.
+            parameters come from the file; a module's buffers, which are constants, come with the encoder, and must be
+            those that it was saved with.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: As of `load`; or `encoder` is missing, or given where the file has its own.
+        ValueError: As of `load`; or `encoder` is missing, has other buffers, or is given where the file has its own.
     """
     found, recipe = _read(path, "load_conditional")
     model = conditional(from_recipe(recipe["model"], module), _encoder(recipe["encoder"], encoder))
@@ -126,12 +127,17 @@ def _recipe(model: Any) -> dict[str, Any]:
 
 
 def _encoder(recipe: Mapping[str, Any] | None, given: Encoder | None) -> Encoder:
-    """The encoder that the recipe describes, or the one given where there is no recipe."""
-    if recipe is None:
+    """The encoder that the recipe describes, or the one given where it is made of code."""
+    if recipe is None or recipe["function"] not in _ENCODERS:
         if given is None:
             raise ValueError(
                 "encoder: got none, and a file holds no code; give one made as that of the model was, such as "
                 "conditions.from_module of the same module"
+            )
+        if recipe is not None and encoder_recipe(given) != recipe:
+            raise ValueError(
+                "encoder: expected one made by conditions.from_module of a module with the buffers that it was saved "
+                "with; keep what was drawn for them, as in the module's state_dict, and load it first"
             )
         return given
     arguments = dict(recipe)

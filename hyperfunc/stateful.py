@@ -157,8 +157,8 @@ def _place(root: nn.Module, path: str) -> Place:
 def _check_free(holder: nn.Module, name: str, path: str) -> None:
     if not name or hasattr(holder, name):
         raise ValueError(
-            f"params: {path} cannot be the name of a tensor in a module, because {name!r} is taken or empty; name it "
-            "otherwise in the encoder's parameters"
+            f"params: {path} cannot be the name of a tensor in a module, because {name!r} is taken or empty; give "
+            "it another one in the module or the encoder"
         )
 
 

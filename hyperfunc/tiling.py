@@ -167,7 +167,8 @@ def _assemble_run(layer: Layer, count: int, rows: Float[Tensor, "units cout *win
     if whole.shape[1:] != kernel.shape:
         whole = whole.reshape(count, -1)[:, : math.prod(kernel.shape)].reshape(count, *kernel.shape)
     if kernel.mean:
-        whole = whole + kernel.mean
+        # In 16 bits, which are an autocast's, what is near 1 would be no finer than hundredths.
+        whole = whole.to(torch.promote_types(whole.dtype, torch.float32)) + kernel.mean
     if kernel.zero_row is not None:
         # Not in place and not by an index, which vmap and an older compiler take worse than a product.
         rows = torch.arange(kernel.shape[0], device=whole.device) != kernel.zero_row

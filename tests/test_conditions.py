@@ -508,6 +508,31 @@ def test_a_recurrent_encoder_is_mapped(layer: Callable[..., nn.Module], generato
         torch.testing.assert_close(mapped[name][2], kernel)
 
 
+def test_a_number_out_of_range_that_nobody_can_look_at_has_a_code_of_zeros(generator: Generator) -> None:
+    """And not that of another task."""
+    tasks = hf.conditional(hf.hyperize(nn.Linear(16, 16), targets="weight", z_dim=4), hf.conditions.table(2))
+    params, _ = tasks.init(generator)
+    codes = torch.vmap(lambda task: tasks.encoder.apply({}, task.unsqueeze(0))[0])(torch.tensor([-1, 1, 2]))
+    assert codes.tolist() == [[0, 0], [0, 1], [0, 0]]
+    biases = tasks.at(params, torch.tensor(0))
+    nothing = biases._replace(embeddings=tree.map(torch.zeros_like, biases.embeddings))
+    found = torch.vmap(tasks.kernels, in_dims=(None, 0))(params, torch.tensor([-1]))["weight"][0]
+    torch.testing.assert_close(found, tasks.model.kernels(nothing)["weight"])
+
+
+def test_under_autocast_a_generated_scale_is_as_fine_as_float32(generator: Generator) -> None:
+    model = hf.hyperize(nn.LayerNorm(64), targets="weight", z_dim=4)
+    params, _ = model.init(generator)
+    params = params._replace(
+        embeddings=tree.map(lambda z: z + 3e-4 * torch.randn(z.shape, generator=generator), params.embeddings)
+    )
+    exact = model.kernels(params)["weight"] - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.kernels(params)["weight"] - 1
+    assert 0 < exact.abs().max() < 2**-9  # half of what bfloat16 can tell from 1
+    assert (found - exact).norm() < 0.02 * exact.norm()
+
+
 def test_under_autocast_generated_norms_keep_their_type(generator: Generator) -> None:
     layers = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 4, 3)
     base = hf.hyperize(nn.Sequential(*layers), targets=["1.weight", "1.bias", "2.weight"], z_dim=4)

@@ -82,7 +82,8 @@ def expected_std(layer: nn.Module, name: str, weight: Tensor) -> float:
     if isinstance(layer, nn.Embedding):
         return 1.0
     fan_in, _ = nn.init._calculate_fan_in_and_fan_out(weight)
-    is_linear = name.endswith("proj_weight") or name.startswith("weight_")
+    is_output_projection = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    is_linear = name.endswith("proj_weight") or name.startswith("weight_") or is_output_projection
     return math.sqrt((1 if is_linear else 2) / fan_in)
 
 
@@ -148,6 +149,8 @@ def test_biases_and_norms_may_be_generated_and_start_as_torch_starts_norms(gener
     model = hf.hyperize(module, targets=["0.bias", "1.*", "3.*"], z_dim=8)
     params, batch_stats = model.init(generator)
     assert set(params.primary) == {"0.weight"}
+    attention = hf.hyperize(nn.MultiheadAttention(16, 2, add_bias_kv=True), targets="bias_?", z_dim=4)
+    assert not any(tensor.any() for tensor in attention.kernels(attention.init(generator)[0]).values())
     for name, tensor in model.kernels(params).items():
         assert torch.equal(tensor, torch.full_like(module.get_parameter(name), float(name in ("1.weight", "3.weight"))))
     x = torch.randn(2, 3, 4, 4, generator=generator)

@@ -330,6 +330,9 @@ def test_parameters_of_another_model_are_named(generator: Generator) -> None:
     with pytest.raises(ValueError, match=r"the generator of '3x3' have the shapes \(64,\), expected"):
         model.kernels(model.init(generator)[0]._replace(generator={}))
     conditional = hf.conditional(model, hf.conditions.table(2))
+    hundred, images = hf.hyper_resnet(10, num_classes=100), torch.zeros(1, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"params: primary/head.weight has the shape \(100, 64\), expected \(10, 64\)"):
+        hf.hyper_resnet(10).apply(*hundred.init(generator), images, train=False)
     with pytest.raises(ValueError, match=r"params: got a ConditionalParams, .* as at\(params, condition\) of a"):
         unchecked(model.kernels)(conditional.init(generator)[0])
     with pytest.raises(ValueError, match="model: got Conditional, expected a Model"):

@@ -225,6 +225,7 @@ def test_autocast_reaches_every_product_over_members_and_samples(
         "members": lambda: members.apply(*several, x, **how)[0],
         "each member": lambda: members.apply_each(*several, torch.stack([x, x]), **how)[0],
         "samples": lambda: tasks.apply_each(*one, index, x, **how)[0],
+        "mapped": lambda: torch.vmap(lambda task: tasks.apply(*one, task, x, **how)[0], randomness="same")(index),
     }
     for name, call in calls.items():
         expected = call()
