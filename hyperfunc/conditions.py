@@ -259,7 +259,7 @@ def table(count: int) -> Encoder:
         numbers = torch.arange(count, device=conditions.device)
         return (conditions.unsqueeze(1) == numbers).to(torch.get_default_dtype())
 
-    return _described(apply, count, function="table", count=count)
+    return _described(apply, count, {"function": "table", "count": count})
 
 
 def bounded(low: Sequence[float], high: Sequence[float]) -> Encoder:
@@ -296,7 +296,7 @@ def bounded(low: Sequence[float], high: Sequence[float]) -> Encoder:
         columns = zip(conditions.unbind(1), lows, spans, strict=True)
         return encode_bounded(torch.stack([(column - lower) / span for column, lower, span in columns], dim=1))
 
-    return _described(apply, 2 * len(lows), function="bounded", **bounds)
+    return _described(apply, 2 * len(lows), {"function": "bounded", **bounds})
 
 
 def encoder_recipe(encoder: Encoder) -> dict[str, Any] | None:
@@ -309,8 +309,8 @@ def encoder_recipe(encoder: Encoder) -> dict[str, Any] | None:
 def _described(
     apply: Callable[[Any, Tensor], Tensor],
     code_dim: int,
+    recipe: dict[str, Any],
     init: Callable[[Generator], Any] = lambda _generator: {},
-    **recipe: Any,
 ) -> Encoder:
     """An encoder, without parameters if no `init` is given. Its recipe stands at the function `apply`, and names it:
     one that wraps it gets a copy of what stands there."""
@@ -371,7 +371,8 @@ def from_module(module: nn.Module, code_dim: int) -> Encoder:
             ) from error
 
     content = safetensors_torch.save(tree.map(Tensor.contiguous, buffers))
-    return _described(apply, code_dim, init, function="from_module", buffers=hashlib.sha256(content).hexdigest())
+    recipe = {"function": "from_module", "buffers": hashlib.sha256(content).hexdigest()}
+    return _described(apply, code_dim, recipe, init)
 
 
 def encode_bounded(

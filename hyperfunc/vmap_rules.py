@@ -60,7 +60,8 @@ class _AutocastUnderVmap(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return attention_forward(*args, **kwargs)
-        if func is F.batch_norm:  # which is given 16 bits now, and under torch.compile is not one of `VmapRules`
+        # It is given 16 bits now, and under torch.compile is not one of `VmapRules`; these give it on as the second.
+        if func in (F.batch_norm, batch_norm):
             return _batch_norm(func, *args, **kwargs)
         if func in _PRODUCTS:
             device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))

@@ -159,7 +159,7 @@ def test_an_encoder_with_other_buffers_is_refused(tmp_path: Path, generator: Gen
 
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("frequencies", torch.randn(2, 3, generator=generator))
+            self.frequencies = nn.Buffer(torch.randn(2, 3, generator=generator))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return (x @ self.frequencies).cos()
