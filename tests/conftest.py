@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import prepared
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -30,6 +31,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="is run by slow/test_tracing.py, without the checks of shapes"))
 
 
+@pytest.fixture(autouse=True)
+def no_power_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here outlives a power cut, and waiting for the disk takes longer than most of what is tested."""
+    monkeypatch.setattr(os, "fsync", prepared.skip_fsync)
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     """A seeded source of randomness."""
@@ -42,7 +49,6 @@ def run_here(
 ) -> Callable[..., "subprocess.CompletedProcess[str]"]:
     """`helpers.run_train` without a process of its own, which takes seconds to import torch."""
     # Not above: what these import must be imported after the hook.
-    import prepared
     from helpers import train_command
 
     import train

@@ -76,6 +76,10 @@ def run(
         return subprocess.CompletedProcess(list(command), process.exitcode, output.read(), errors.read())
 
 
+def skip_fsync(_descriptor: int) -> None:
+    """What a write to the disk is waited for by, left out: a process may be killed here, but no power is cut."""
+
+
 def drawing(drawn: bool) -> contextlib.AbstractContextManager[Any]:
     """A context in which runs in this process draw their curves, or do not."""
     return contextlib.nullcontext() if drawn else mock.patch("hyperfunc.painter.RESTARTS", 0)
@@ -109,6 +113,7 @@ class _Run:
         os.chdir(self.cwd)
         os.environ.clear()
         os.environ.update(self.env)
+        os.fsync = skip_fsync
         _, program, *flags = self.command
         sys.argv = [program, *flags]
         sys.path.insert(0, str(Path(program).parent))

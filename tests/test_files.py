@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 import safetensors.torch
@@ -37,6 +37,28 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         assert torch.equal(tensor, TENSORS[name])
         assert tensor.dtype == TENSORS[name].dtype
     assert [p.name for p in tmp_path.iterdir()] == ["file.pth"]
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_place_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its name is before the write is over, so that after a power cut there is the old file or the new one."""
+    steps: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        original = getattr(os, name)
+
+        def call(first: int | str | Path, *others: Any) -> None:
+            what = stat.S_ISDIR(os.fstat(first).st_mode) and "folder" if isinstance(first, int) else ""
+            steps.append(f"{name} {what or 'file'}")
+            original(first, *others)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, note(name))
+    write_bytes(tmp_path / "file", b"content")
+    assert steps == ["fsync file", "replace file", "fsync folder"]
 
 
 def test_every_length_of_the_header_can_be_read(tmp_path: Path) -> None:

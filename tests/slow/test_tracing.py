@@ -1,33 +1,23 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
 
 pytestmark = pytest.mark.slow
 
-FILES = (
-    "capture",
-    "check_gpu",
-    "compiled_norms",
-    "conditions",
-    "ensembles",
-    "gpu",
-    "hyperize",
-    "kernels",
-    "optim",
-    "randomness",
-    "stateful",
-    "vmap_rules",
-)
+TESTS = ROOT / "tests"
+FILES = sorted(path for path in TESTS.glob("test_*.py") if "mark.traced" in path.read_text())
+LONGEST = TESTS / "test_capture.py"
 
 
 # In two processes, of which neither takes much longer than the other. The compiler's start takes each ten seconds.
-@pytest.mark.parametrize("files", [FILES[:1], FILES[1:]])
-def test_what_is_traced_passes_without_shape_checks(files: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("files", [[LONGEST], [path for path in FILES if path != LONGEST]])
+def test_what_is_traced_passes_without_shape_checks(files: list[Path]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "traced", *(f"tests/test_{name}.py" for name in files)],
+        [sys.executable, "-m", "pytest", "-q", "-m", "traced", *map(str, files)],
         cwd=ROOT,
         env={**os.environ, "HYPERFUNC_SHAPE_CHECKS": "off"},
         capture_output=True,
