@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import prepared
@@ -35,6 +35,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def no_power_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here outlives a power cut, and waiting for the disk takes longer than most of what is tested."""
     monkeypatch.setattr(os, "fsync", prepared.skip_fsync)
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch.compile that traces, differentiates and guards, and runs the graphs as they are: what most of its tests
+    are about, without the kernels, which take far longer to make."""
+    original = torch.compile
+
+    def compile_step(function: Callable[..., object], *, options: Mapping[str, object], **others: bool) -> object:
+        kept = {name: value for name, value in options.items() if name == "guard_filter_fn"}
+        return original(function, backend="aot_eager", options=kept or None, **others)  # pyright: ignore
+
+    monkeypatch.setattr(torch, "compile", compile_step)
 
 
 @pytest.fixture

@@ -160,6 +160,7 @@ def test_a_number_among_the_tensors_is_named_where_there_is_no_cuda_too() -> Non
 
 @pytest.mark.traced
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("no_kernels")
 def test_a_compiled_calibration_equals_the_eager_one() -> None:
     c = calibration("cpu")
     assert_same_calibration(capture.compile_step(c.step, c.batches[0]), c)
@@ -175,16 +176,18 @@ def test_a_captured_calibration_equals_the_eager_one(device: str) -> None:
 
 @pytest.mark.traced
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("no_kernels")
 def test_compiled_equals_eager_in_low_precision() -> None:
-    """Both round to 8 bits, but not in the same places: what is fused rounds once. They differ no more from each other
-    than each does from float32, for which test_precision has the bound."""
-    p = problem("cpu", torch.float32, precision="bf16", model=small())
+    """Both round to 8 bits, but not in the same places. They are nearer to each other than to float32."""
+    model = small()
+    p = problem("cpu", torch.float32, precision="bf16", model=model)
     compiled = capture.compile_step(p.step, p.batches[0])
     new, metrics = compiled(p.state, p.batches[0])
     expected, expected_metrics = p.step(p.state, p.batches[0])
+    exact, _ = problem("cpu", torch.float32, model=model).step(p.state, p.batches[0])
     assert abs(metrics.loss - expected_metrics.loss) < 0.01 * expected_metrics.loss
-    ours, theirs = new.opt_state.m, expected.opt_state.m
-    assert (ours - theirs).norm() < 0.25 * theirs.norm()
+    ours, theirs, exact = (state.opt_state.m for state in (new, expected, exact))
+    assert 0 < (ours - theirs).norm() < 0.5 * (theirs - exact).norm()
 
 
 @pytest.mark.traced
@@ -202,6 +205,7 @@ def test_compiled_equals_eager() -> None:
 
 @pytest.mark.traced
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("no_kernels")
 def test_a_compiled_step_of_an_objective_equals_the_eager_one() -> None:
     p = problem_of_an_objective("cpu")
     assert_same_training(capture.compile_step(p.step, p.batches[0]), p)
@@ -209,6 +213,7 @@ def test_a_compiled_step_of_an_objective_equals_the_eager_one() -> None:
 
 @pytest.mark.traced
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("no_kernels")
 def test_any_number_of_steps_can_be_compiled() -> None:
     batch = torch.ones(2)
 
@@ -225,6 +230,7 @@ def test_any_number_of_steps_can_be_compiled() -> None:
 
 @pytest.mark.traced
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("no_kernels")
 def test_a_compiled_step_looks_at_its_state_at_every_call() -> None:
     """Though not at what it consists of."""
     batch = torch.ones(2)
@@ -235,6 +241,7 @@ def test_a_compiled_step_looks_at_its_state_at_every_call() -> None:
 
 @pytest.mark.traced
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("no_kernels")
 def test_a_compiled_step_tells_its_state_from_what_it_closes_over() -> None:
     """Also where they were one object at the first call."""
     batch, origin = torch.ones(2), torch.zeros(3)
@@ -421,6 +428,7 @@ def test_one_captured_evaluation_serves_runs_on_other_pictures(device: str) -> N
 
 @pytest.mark.traced
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("no_kernels")
 def test_one_compiled_evaluation_serves_runs_on_other_pictures() -> None:
     eval_step, networks, batches = problem_of_an_evaluation("cpu")
     compiled = capture.compile_step(eval_step, batches[0])

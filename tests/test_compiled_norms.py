@@ -114,6 +114,7 @@ def small_network() -> nn.Module:
 
 @pytest.mark.traced
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("no_kernels")
 def test_a_compiled_network_takes_it(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """The statistics of a compiled step are new ones, and the old are left alone."""
     model = hf.hyperize(small_network(), targets=["3.weight"])
@@ -134,6 +135,7 @@ def test_a_compiled_network_takes_it(generator: Generator, monkeypatch: pytest.M
 
 @pytest.mark.traced
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("no_kernels")
 def test_it_can_be_mapped_when_compiled(generator: Generator) -> None:
     model = hf.ensemble(hf.hyperize(small_network(), targets=["3.weight"]), 2)
     state = model.init(generator)
@@ -148,6 +150,7 @@ def test_it_can_be_mapped_when_compiled(generator: Generator) -> None:
 
 @pytest.mark.traced
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("no_kernels")
 def test_norms_over_samples_stay_what_they_are_when_compiled(generator: Generator) -> None:
     """Those of `apply_each` span the samples that vmap hides."""
     model = hf.conditional(hf.hyperize(small_network(), targets=["3.weight"]), hf.conditions.table(3))

@@ -83,6 +83,8 @@ def test_the_module_stays_as_it_is(module: nn.Module) -> None:
     model.apply(params, batch_stats, torch.ones(2, 3, 32, 32), train=True)
     assert_trees_equal(dict(module.state_dict()), before)
     assert not module.training
+    assert torch.equal(params.primary["conv1.weight"], before["conv1.weight"])
+    assert params.primary["conv1.weight"] is not module.get_parameter("conv1.weight")
     assert all(p.device.type == "cpu" and p.grad is None for p in module.parameters())
     module.train()
 

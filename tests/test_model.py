@@ -7,7 +7,6 @@ from typing import Any
 import oracle
 import pytest
 import torch
-import torchvision
 from helpers import assert_trees_equal, unchecked
 from torch import Generator, Tensor, nn
 from torch.func import grad
@@ -270,34 +269,6 @@ def test_materialize_is_the_same_network_without_the_hypernetwork(
     with torch.no_grad():
         network.head.weight.zero_()
     assert params.primary["head.weight"].abs().sum() > 0
-
-
-def test_hyperize_leaves_the_module_alone_and_keeps_its_other_weights(generator: Generator) -> None:
-    module = torchvision.models.resnet18(num_classes=10)
-    before = tree.clone(module.state_dict())
-    model = hf.hyperize(module, unit=(16, 16), z_dim=64)
-    params, batch_stats = model.init(generator)
-    images = torch.randn(2, 3, 64, 64, generator=generator)
-    logits, moved = model.apply(params, batch_stats, images, train=True)
-    assert logits.shape == (2, 10)
-    assert_trees_equal(dict(module.state_dict()), dict(before))
-    assert torch.equal(params.primary["conv1.weight"], module.conv1.weight)
-    assert moved["bn1.num_batches_tracked"] == 1
-    assert set(params.generator) == {"3x3", "1x1"}
-    assert "layer1.0.conv1.weight" in model.tiling.names
-    assert "conv1.weight" not in model.tiling.names
-    assert "fc.weight" not in model.tiling.names
-    for name, kernel in model.kernels(params).items():
-        assert kernel.shape == dict(module.named_parameters())[name].shape
-        fan_in = math.prod(kernel.shape[1:])
-        assert kernel.std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=0.05), name
-
-    network = hf.materialize(model, params, batch_stats).eval()
-    own = torchvision.models.resnet18(num_classes=10)
-    own.load_state_dict(network.state_dict())
-    torch.testing.assert_close(
-        own.eval()(images), model.apply(params, batch_stats, images, train=False)[0], rtol=1e-4, atol=1e-4
-    )
 
 
 def test_hyperize_follows_the_dtype_of_the_module(generator: Generator) -> None:

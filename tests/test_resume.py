@@ -336,7 +336,7 @@ def test_a_signal_during_the_calibration_loses_nothing(
     assert_trees_equal(ours, theirs)
 
 
-def test_the_epoch_of_a_stopped_evaluation_has_no_speed(
+def test_a_stopped_evaluation_loses_nothing_and_its_epoch_has_no_speed(
     folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate = train.evaluate
@@ -346,11 +346,14 @@ def test_the_epoch_of_a_stopped_evaluation_has_no_speed(
         return evaluate(run, network, images, interrupts)
 
     monkeypatch.setattr(train, "evaluate", stop_first)
-    flags = small(folder, "--epochs", "1", "--checkpoint-path", "run.pth")
-    assert run_here(*flags).returncode == 143
+    flags = small(folder, "--epochs", "1", "--checkpoint-path")
+    assert run_here(*flags, "run.pth").returncode == 143
     monkeypatch.setattr(train, "evaluate", evaluate)
-    done = run_here(*flags, "--resume")
+    done = run_here(*flags, "run.pth", "--resume")
     assert done.returncode == 0, done.stderr
+    assert run_here(*flags, "whole.pth").returncode == 0
+    ours, theirs = (checkpoint.load(tmp_path / f"{name}.pth").tensors for name in ("run", "whole"))
+    assert_trees_equal(ours, theirs)
     assert "images/s" not in done.stdout
     (row,) = [row for row in journal.read_rows(tmp_path / "run.metrics.jsonl") if row["kind"] == "epoch"]
     assert "images_per_second" not in row

@@ -20,10 +20,10 @@ winograd.is_worthwhile = lambda: True
 called = []
 run = winograd._run
 winograd._run = lambda name, *rest: (called.append(name), run(name, *rest))
-layers = nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), *(nn.Conv2d(32, 32, 3, padding=1) for _ in range(2))
-model = hf.hyperize(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), targets=["3.weight", "4.weight"])
+layers = nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+model = hf.hyperize(nn.Sequential(*layers), targets="2.weight")
 generator = torch.Generator().manual_seed(0)
-optimizer = optim.adam(0.01)
+optimizer = optim.sgd(0.01)
 state = training.init_state(model, optimizer, generator)
 batch = torch.randn(4, 3, 8, 8, generator=generator).to(memory_format=torch.channels_last), torch.arange(4)
 step = training.make_train_step(model, optimizer)
@@ -41,4 +41,4 @@ def test_it_is_found_in_the_cache(tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300, check=True
         )
-        assert done.stdout.strip() == f"True {sorted(2 * NAMES)} {is_found}", done.stderr
+        assert done.stdout.strip() == f"True {NAMES} {is_found}", done.stderr
