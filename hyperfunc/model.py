@@ -339,9 +339,8 @@ def make_forward(module: nn.Module) -> Forward:
             check_mapped_training(counting)
             new_stats = tree.mapped_with(new_stats, (weights, args, kwargs, seed))
         values = {**{name: _safe_order(leaf, has_onednn) for name, leaf in weights.items()}, **new_stats}
-        device = next((leaf.device for leaf in values.values()), torch.device("cpu"))
         with (
-            autocast_under_vmap(device) if is_mapped else nullcontext(),
+            autocast_under_vmap(next(iter(values.values())).device) if is_mapped and values else nullcontext(),
             VmapRules() if is_mapped else nullcontext(),
             nullcontext() if seed is None else Seeded(seed),
         ):
