@@ -1,4 +1,4 @@
-"""Generating all kernels of 40-1 and 40-2, forward and backward: one `vmap` against a loop over basic kernels."""
+"""Generating all kernels of 40-1 and 40-2, forward and backward: all at once against a loop over basic kernels."""
 
 import pytest
 import torch

@@ -320,6 +320,7 @@ def main() -> None:
 
 
 def one_line(error: Exception) -> str:
+    """The error in one line; of a missing matplotlib how to install it."""
     if isinstance(error, ModuleNotFoundError) and error.name == "matplotlib":
         return "matplotlib is not installed (pip install matplotlib)"
     return " ".join(str(error).split()) or type(error).__name__
