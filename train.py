@@ -84,8 +84,8 @@ COMPILE_FROM_STEPS, COMPILE_FROM_PICTURES = 5_000, 150_000
 """Lengths of a run from either of which compiling on the CPU, which takes one to two minutes, is sure to pay: it saves
 a part of each step and a part for each picture."""
 
-SECOND_BEST = {"compiled-graph": "graph", "graph": "eager", "compiled": "eager"}
-"""What --engine auto takes where an engine does not work."""
+SECOND_BEST = {"compiled-graph": "graph", "graph": "compiled", "compiled": "eager"}
+"""What --engine auto takes where an engine does not work: it may be the compiler that fails, or the capture."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -70,10 +70,8 @@ def train_all(
     """
     members, table = runs_of(config), _table_of(config)
     with locked_file(table, ranks):
-        at_once = config.seeds_per_step
-        if not at_once:
-            at_once = min(SEEDS_PER_STEP, math.ceil(len(members) / ranks.world)) if device.type == "cuda" else 1
-        share = sweep.groups(members, at_once)[ranks.rank :: ranks.world]
+        at_once = config.seeds_per_step or (SEEDS_PER_STEP if device.type == "cuda" else 1)
+        share = sweep.groups(members, at_once, ranks.world)[ranks.rank :: ranks.world]
         own = Apart(ranks)
         for _, member in itertools.chain(*share):
             program.check(member, own, device)

@@ -135,10 +135,19 @@ def expand(config: Any, allowed: Sequence[str], check: Callable[[Any], None]) ->
     return members
 
 
-def groups(members: Sequence[Planned], at_once: int) -> list[list[Planned]]:
-    """The runs that share a step: such as differ in nothing but the seed, at most so many."""
-    alike = [list(group) for _, group in itertools.groupby(members, lambda member: name_of(_without_seed(member[0])))]
-    return [group[begin : begin + at_once] for group in alike for begin in range(0, len(group), at_once)]
+def groups(members: Sequence[Planned], at_once: int, world: int = 1) -> list[list[Planned]]:
+    """The runs that share a step: such as differ in nothing but the seed, at most so many, in groups of nearly one
+    size. Where all differ in nothing else, no rank of the `world` gets more groups than another, if there are runs
+    enough."""
+    kinds = [list(kind) for _, kind in itertools.groupby(members, lambda member: name_of(_without_seed(member[0])))]
+    found: list[list[Planned]] = []
+    for alike in kinds:
+        count = math.ceil(len(alike) / at_once)
+        if len(kinds) == 1:
+            count = min(math.ceil(count / world) * world, len(alike))
+        bounds = [math.ceil(len(alike) * index / count) for index in range(count + 1)]
+        found += [alike[begin:end] for begin, end in itertools.pairwise(bounds)]
+    return found
 
 
 class Result(NamedTuple):

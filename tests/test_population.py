@@ -32,7 +32,7 @@ from helpers import (
 
 import hyperfunc as hf
 import train
-from hyperfunc import checkpoint, data, journal, optim, population, sweep, training, tree
+from hyperfunc import capture, checkpoint, data, journal, optim, population, sweep, training, tree
 from hyperfunc.interrupt import Interrupted
 
 EPOCHS, BATCH, COUNT = 2, 4, 10
@@ -194,7 +194,18 @@ def test_combinations_and_names() -> None:
         ["lr0.1.seed0", "lr0.1.seed1"],
         ["lr0.2.seed0", "lr0.2.seed1"],
     ]
-    assert [len(group) for group in sweep.groups([({"seed": s}, None) for s in range(5)], 2)] == [2, 2, 1]
+    for runs, at_once, world, sizes in (
+        (5, 2, 1, [2, 2, 1]),
+        (10, 8, 1, [5, 5]),
+        (20, 8, 2, [5, 5, 5, 5]),
+        (3, 8, 2, [2, 1]),
+        (1, 8, 2, [1]),
+        (3, 1, 2, [1, 1, 1]),
+    ):
+        alike = [({"seed": seed}, None) for seed in range(runs)]
+        groups = sweep.groups(alike, at_once, world)
+        assert [len(group) for group in groups] == sizes
+        assert [*itertools.chain(*groups)] == alike
 
 
 def test_the_table_has_mean_and_sample_deviation_of_those_that_came_to_an_end(tmp_path: Path) -> None:
@@ -379,6 +390,55 @@ def test_by_graphs_runs_train_and_evaluate_as_without(
     for ours, theirs in zip(itertools.chain(*graph), itertools.chain(*eager), strict=True):
         for name in ("train/loss", "val/loss", "test/loss"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+
+
+def test_graphs_of_several_steps_end_where_something_is_due(
+    folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded.install(monkeypatch)
+    saved: list[tuple[int, int]] = []
+    save = checkpoint.save
+
+    def note(path: Path, trees: Any, notes: Any, **options: Any) -> None:
+        saved.append((notes["progress"]["epoch"], notes["progress"]["batch"]))
+        save(path, trees, notes, **options)
+
+    monkeypatch.setattr(checkpoint, "save", note)
+    flags = small(folder, "--epochs", "2", "--batch-size", "2", "--steps-per-replay", "2", "--lr", "0.0001")
+    flags += ["--checkpoint-every", "4b", "--report-every", "3"]
+    shown: list[list[tuple[Any, ...]]] = []
+    for engine in ("eager", "graph"):
+        monkeypatch.setattr(train, "choose_engine", lambda _run, _printer, engine=engine: engine)
+        done = run_here(*flags, "--checkpoint-path", f"{engine}.pth")
+        assert done.returncode == 0, done.stderr
+        assert ("2 steps a graph" in done.stdout) == (engine == "graph")
+        rows = journal.read_rows(tmp_path / f"{engine}.metrics.jsonl")
+        shown.append([(row["step"], row["batch"]) for row in rows if row["kind"] == "report"])
+    assert len(saved) > 2
+    assert saved[len(saved) // 2 :] == saved[: len(saved) // 2]
+    assert len(shown[0]) > 2
+    assert shown[0] == shown[1]
+
+
+def test_what_cannot_be_captured_is_still_compiled(
+    folder: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no graphs here")
+
+    recorded.install(monkeypatch)
+    compiled: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+    monkeypatch.setattr(capture, "capture", fail)
+    monkeypatch.setattr(train, "choose_engine", lambda *_: "compiled-graph")
+    done = run_here(*small(folder, "--epochs", "1", "--checkpoint-path", "run.pth"))
+    assert done.returncode == 0, done.stderr
+    assert [line.split("here, ")[1] for line in done.stderr.splitlines() if "does not work" in line] == [
+        "going on with graph: no graphs here",
+        "going on with compiled: no graphs here",
+    ]
+    assert "engine       compiled, fp32" in done.stdout
+    assert compiled
 
 
 def test_one_seed_a_step_is_the_single_run_to_the_bit(folder: Path, tmp_path: Path, run_here: RunHere) -> None:
