@@ -21,7 +21,14 @@ def is_linear_map(layer: nn.Module, name: str) -> bool:
     """Whether a parameter is the weight of a convolution, of a linear layer, or of an attention's projections."""
     if isinstance(layer, nn.MultiheadAttention):
         return name in PROJECTIONS
-    return name == "weight" and isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear))
+    is_known = isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)) or is_gpt2_linear(layer)
+    return name == "weight" and is_known
+
+
+def is_gpt2_linear(layer: nn.Module) -> bool:
+    """Whether it is the linear layer of GPT-2 in Hugging Face's transformers, whose weight is (in, out). It is known by
+    its name, so that nobody needs that library."""
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
 
 
 def is_weight(layer: nn.Module, name: str) -> bool:
@@ -72,6 +79,8 @@ def kernel_of(layer: nn.Module, name: str, unit: tuple[int, int]) -> Kernel:
         return Kernel(shape, (math.ceil(math.prod(shape) / unit[1]), unit[1]), 1, 0.0, mean=float(is_scale))
     if isinstance(layer, TRANSPOSED_CONVOLUTIONS) and name == "weight":
         return _transposed(layer, shape, unit)
+    if is_gpt2_linear(layer) and name == "weight":
+        return Kernel(shape, shape[::-1], shape[0], (2 / shape[0]) ** 0.5, transposed=True)
     if isinstance(layer, CONVOLUTIONS) and name == "weight" and layer.groups > 1:
         return plain_kernel(shape)._replace(plane=_folded(shape, unit))
     if isinstance(layer, nn.Bilinear) and name == "weight":

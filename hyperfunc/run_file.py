@@ -111,7 +111,7 @@ def _write(run: Run, reporter: Reporter) -> None:
     notes = {
         "config": dataclasses.asdict(run.config),
         "model": run.model.recipe,
-        "progress": dataclasses.asdict(run.progress),
+        "progress": vars(run.progress),  # not asdict, which would copy the rows of all epochs
         "classes": run.dataset.classes,
         "data": run.data_digest,
         "environment": run.environment,

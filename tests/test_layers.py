@@ -10,6 +10,19 @@ from torch import Generator, Tensor, nn
 import hyperfunc as hf
 from hyperfunc import layers, tiling
 
+
+class Conv1D(nn.Module):
+    """A linear layer whose weight is (in, out), as transformers has it for GPT-2."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight, self.bias = nn.Parameter(torch.empty(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
 SUMMING_LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "conv1d": (nn.Conv1d(24, 40, 5), (24, 200)),
     "conv2d": (nn.Conv2d(16, 48, 3, stride=2, dilation=2), (16, 48, 48)),
@@ -25,6 +38,7 @@ SUMMING_LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "transposed2d, depthwise": (nn.ConvTranspose2d(256, 256, 4, stride=2, groups=256), (256, 24, 24)),
     "transposed3d": (nn.ConvTranspose3d(32, 16, 2, stride=(1, 2, 2)), (32, 12, 12, 12)),
     "linear": (nn.Linear(100, 300), (100,)),
+    "linear, as (in, out)": (Conv1D(300, 100), (100,)),
 }
 
 
