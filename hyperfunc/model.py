@@ -192,7 +192,8 @@ def hyperize(
         targets: What to generate: a name or glob pattern of parameters, such as 'layer3.*.weight'; a type of module,
             such as nn.Conv2d, for the weights of all such modules and of what they contain; a list of these; or a
             predicate on (name, parameter). By default every weight of a convolution, linear layer or attention
-            projection that fills at least one unit, except those of the first and the last such layer.
+            projection that fills at least one unit, except those of the first and the last such layer; an
+            `nn.Embedding` in front of all of them counts as the first.
         unit: Output and input channels of a basic kernel.
         z_dim: Length of an embedding.
         hidden_dim: The generator's d; z_dim where not given.

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from hyperfunc.arguments import matching, some
-from hyperfunc.layers import is_linear_map, is_weight, kernel_of
+from hyperfunc.layers import EMBEDDINGS, is_linear_map, is_weight, kernel_of
 from hyperfunc.primary import check_values, first_names
 from hyperfunc.tiling import Kernel
 
@@ -42,7 +42,8 @@ def choose(module: nn.Module, targets: Targets | None, unit: tuple[int, int]) ->
         module: The module.
         targets: A name or glob pattern of parameters, such as 'layer3.*.weight'; a type of module, for the weights of
             all such modules and of what they contain; several of these; or a predicate. None for every weight of a
-            convolution, linear layer or attention projection that fills a unit, but the first and the last.
+            convolution, linear layer or attention projection that fills a unit, but the first and the last; an
+            embedding in front of all of them counts as the first.
         unit: Output and input channels of a basic kernel.
 
     Raises:
@@ -137,14 +138,17 @@ def _kernel(name: str, uses: list[Use], unit: tuple[int, int]) -> Kernel:
 
 
 def _default(module: nn.Module, uses: dict[str, list[Use]], unit: tuple[int, int]) -> set[str]:
-    """Every weight of a linear map that fills a unit, but those of the first and the last layer."""
+    """Every weight of a linear map that fills a unit, but those of the first and the last layer. Where an embedding
+    comes first, it is that layer."""
     if not uses:
         raise ValueError(f"module: {_title(module)} has no parameter, and so nothing that could be generated")
     maps = [
         (use.layer, name) for name, places in uses.items() for use in places if is_linear_map(use.layer, use.short_name)
     ]
     order = {layer: index for index, layer in enumerate(module.modules())}
-    ends = {min(order[layer] for layer, _ in maps), max(order[layer] for layer, _ in maps)} if maps else set()
+    indices = [order[layer] for layer, _ in maps]
+    embeddings = [order[use.layer] for many in uses.values() for use in many if isinstance(use.layer, EMBEDDINGS)]
+    ends = {min(indices + embeddings), max(indices)} if indices else set()
     outside = {name for layer, name in maps if order[layer] in ends}
     chosen = set()
     for name in {name for _, name in maps} - outside:

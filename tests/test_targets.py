@@ -44,6 +44,16 @@ def test_by_default_all_but_the_first_and_last_layer_are_generated(resnet18: nn.
     assert set(hf.hyperize(resnet18, unit=(256, 256)).tiling.names) == large
 
 
+def test_an_embedding_in_front_is_the_first_layer() -> None:
+    """And after the others it is not the last."""
+    maps = [nn.Linear(16, 16) for _ in range(3)]
+    for layers, names in (
+        ([nn.Embedding(50, 16), *maps], ("1.weight", "2.weight")),
+        ([*maps, nn.Embedding(50, 16)], ("1.weight",)),
+    ):
+        assert hf.hyperize(nn.Sequential(*layers)).tiling.names == names
+
+
 def test_a_type_stands_for_the_weights_of_all_that_it_contains(resnet18: nn.Module) -> None:
     block = torchvision.models.resnet.BasicBlock
     weights = {name for name, p in resnet18.named_parameters() if name.startswith("layer") and p.dim() == 4}
