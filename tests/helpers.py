@@ -142,6 +142,19 @@ def calibrated_again(
     return training.calibrate(model, params, last, (distributed.part(draw, rank, world) for draw in draws), step=step)
 
 
+def note_saves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Gets epoch and batch of every checkpoint that is saved in this process from now on."""
+    found: list[tuple[int, int]] = []
+    save = checkpoint.save
+
+    def note(path: Path, trees: Any, notes: Any, **options: Any) -> None:
+        found.append((notes["progress"]["epoch"], notes["progress"]["batch"]))
+        save(path, trees, notes, **options)
+
+    monkeypatch.setattr(checkpoint, "save", note)
+    return found
+
+
 def assert_refused(done: subprocess.CompletedProcess[str], message: str, code: int = 2) -> None:
     """One line on standard error that says what is wrong, and nothing like a traceback."""
     assert done.returncode == code, done.stdout + done.stderr

@@ -25,6 +25,7 @@ from helpers import (
     interrupt_train,
     make_folder,
     names_in,
+    note_saves,
     run_train,
     small,
     start_train,
@@ -396,14 +397,7 @@ def test_graphs_of_several_steps_end_where_something_is_due(
     folder: Path, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded.install(monkeypatch)
-    saved: list[tuple[int, int]] = []
-    save = checkpoint.save
-
-    def note(path: Path, trees: Any, notes: Any, **options: Any) -> None:
-        saved.append((notes["progress"]["epoch"], notes["progress"]["batch"]))
-        save(path, trees, notes, **options)
-
-    monkeypatch.setattr(checkpoint, "save", note)
+    saved = note_saves(monkeypatch)
     flags = small(folder, "--epochs", "2", "--batch-size", "2", "--steps-per-replay", "2", "--lr", "0.0001")
     flags += ["--checkpoint-every", "4b", "--report-every", "3"]
     shown: list[list[tuple[Any, ...]]] = []

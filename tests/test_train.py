@@ -22,6 +22,7 @@ from helpers import (
     interrupt_train,
     make_folder,
     names_in,
+    note_saves,
     run_train,
     small,
     start_train,
@@ -361,14 +362,7 @@ def test_how_often_to_save(text: str, every: tuple[int, str]) -> None:
 def test_saves_come_as_often_as_asked_for(
     folder: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch, every: str, saves: list[tuple[int, int]]
 ) -> None:
-    found: list[tuple[int, int]] = []
-    save = checkpoint.save
-
-    def note(path: Path, trees: Any, notes: Any, **options: Any) -> None:
-        found.append((notes["progress"]["epoch"], notes["progress"]["batch"]))
-        save(path, trees, notes, **options)
-
-    monkeypatch.setattr(checkpoint, "save", note)
+    found = note_saves(monkeypatch)
     done = run_here(*small(folder, "--epochs", "3", "--checkpoint-path", "run.pth", "--checkpoint-every", every))
     assert done.returncode == 0, done.stderr
     assert found == saves
@@ -382,20 +376,13 @@ def test_saves_by_the_clock(folder: Path, run_here: RunHere, monkeypatch: pytest
         now += 0.3
         return now
 
-    found: list[int] = []
-    save = checkpoint.save
-
-    def note(path: Path, trees: Any, notes: Any, **options: Any) -> None:
-        found.append(notes["progress"]["batch"])
-        save(path, trees, notes, **options)
-
-    monkeypatch.setattr(checkpoint, "save", note)
+    found = note_saves(monkeypatch)
     for module in (train, run, run_file):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, perf_counter=time.perf_counter))
     flags = small(folder, "--epochs", "1", "--checkpoint-path", "run.pth", "--checkpoint-every", "1s")
     assert run_here(*flags).returncode == 0
     # The clock is read at the start, after every batch, and after every save.
-    assert found == [4, 8, 12, 0]
+    assert found == [(0, 4), (0, 8), (0, 12), (1, 0)]
 
 
 @pytest.mark.parametrize("kept", range(5))
