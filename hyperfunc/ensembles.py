@@ -17,6 +17,7 @@ from hyperfunc import tree
 from hyperfunc.arguments import positive
 from hyperfunc.model import BatchStats, Forward, Model, Params, check_model
 from hyperfunc.optim import Optimizer, check_optimizer
+from hyperfunc.randomness import Seed
 from hyperfunc.training import M, Step, TrainState
 from hyperfunc.vmap_rules import autocast_under_vmap
 
@@ -29,7 +30,8 @@ class Ensemble(NamedTuple):
             `model.init` would draw, and more members change nothing in those before. What `hyperize` takes from its
             module starts the same in all of them.
         apply: `apply(params, batch_stats, *args, train, seed=None, **kwargs) -> (outputs, new batch_stats)`: all
-            members on the same input; the outputs have the members as first dimension.
+            members on the same input; the outputs have the members as first dimension. A `seed` of shape (n,) is one
+            for each member, any other is that of all.
         apply_each: The same, with an input for each member: `args` have the members as first dimension too.
         predict: `predict(params, batch_stats, *args, **kwargs) -> (n, classes)`: the mean over the members of their
             softmax probabilities, in evaluation. Other outputs are `apply(..., train=False)[0].mean(0)`.
@@ -84,18 +86,27 @@ def ensemble(model: Model, n: int) -> Ensemble:
                 )
 
     def make_apply(*, each: bool) -> Forward:
-        def apply(params: Params, batch_stats: BatchStats, /, *args: Any, train: bool, **kwargs: Any) -> Any:
+        def apply(
+            params: Params,
+            batch_stats: BatchStats,
+            /,
+            *args: Any,
+            train: bool,
+            seed: Seed | None = None,
+            **kwargs: Any,
+        ) -> Any:
             check("params", params)
             check("batch_stats", batch_stats)
             if each:
                 check("args", args)
 
-            def one(params: Params, batch_stats: BatchStats, args: tuple[Any, ...]) -> Any:
-                return model.apply(params, batch_stats, *args, train=train, **kwargs)
+            def one(params: Params, batch_stats: BatchStats, args: tuple[Any, ...], seed: Seed | None) -> Any:
+                return model.apply(params, batch_stats, *args, train=train, seed=seed, **kwargs)
 
+            has_own_seeds = isinstance(seed, Tensor) and seed.shape == (n,)
             with autocast_under_vmap(tree.leaves(params)[0].device):
-                in_dims = (0, 0, 0 if each else None)
-                return torch.vmap(one, in_dims, randomness="different")(params, batch_stats, args)
+                in_dims = (0, 0, 0 if each else None, 0 if has_own_seeds else None)
+                return torch.vmap(one, in_dims, randomness="different")(params, batch_stats, args, seed)
 
         return apply
 

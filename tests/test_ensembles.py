@@ -156,9 +156,12 @@ def test_a_members_dropout_is_what_it_would_be_alone(own_batches: bool, generato
     _, metrics = mapping(step)(state, given)
     losses = torch.stack([step(members.member(state, index), batch)[1].loss for index in range(SIZE)])
     torch.testing.assert_close(metrics.loss, losses, rtol=oracle.EXACT, atol=oracle.EXACT)
-    outputs, _ = members.apply(state.params, state.batch_stats, batch[0], train=True, seed=1)
-    alone, _ = model.apply(*members.member((state.params, state.batch_stats), 1), batch[0], train=True, seed=1)
-    torch.testing.assert_close(outputs[1], alone, rtol=oracle.EXACT, atol=oracle.EXACT)
+    networks = state.params, state.batch_stats
+    own = torch.arange(SIZE) + 5
+    for seed, seeds in ((1, [1] * SIZE), (torch.tensor(1), [1] * SIZE), (own, own.tolist())):
+        outputs, _ = members.apply(*networks, batch[0], train=True, seed=seed)
+        alone = [model.apply(*members.member(networks, i), batch[0], train=True, seed=seeds[i])[0] for i in range(SIZE)]
+        torch.testing.assert_close(outputs, torch.stack(alone), rtol=oracle.EXACT, atol=oracle.EXACT)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
