@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Integer
-from safetensors import torch as safetensors_torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -259,7 +258,7 @@ def table(count: int) -> Encoder:
         numbers = torch.arange(count, device=conditions.device)
         return (conditions.unsqueeze(1) == numbers).to(torch.get_default_dtype())
 
-    return _described(apply, count, {"function": "table", "count": count})
+    return _described(apply, count, lambda: {"function": "table", "count": count})
 
 
 def bounded(low: Sequence[float], high: Sequence[float]) -> Encoder:
@@ -296,24 +295,24 @@ def bounded(low: Sequence[float], high: Sequence[float]) -> Encoder:
         columns = zip(conditions.unbind(1), lows, spans, strict=True)
         return encode_bounded(torch.stack([(column - lower) / span for column, lower, span in columns], dim=1))
 
-    return _described(apply, 2 * len(lows), {"function": "bounded", **bounds})
+    return _described(apply, 2 * len(lows), lambda: {"function": "bounded", **bounds})
 
 
 def encoder_recipe(encoder: Encoder) -> dict[str, Any] | None:
     """The function that made an encoder and its arguments, as JSON can hold them: what a file needs to make it again,
     or, of one that `from_module` made, to know it by. None for one that is made of other code."""
     function, recipe = getattr(encoder.apply, "_recipe", (None, None))
-    return recipe if function is encoder.apply else None
+    return recipe() if recipe is not None and function is encoder.apply else None
 
 
 def _described(
     apply: Callable[[Any, Tensor], Tensor],
     code_dim: int,
-    recipe: dict[str, Any],
+    recipe: Callable[[], dict[str, Any]],
     init: Callable[[Generator], Any] = lambda _generator: {},
 ) -> Encoder:
-    """An encoder, without parameters if no `init` is given. Its recipe stands at the function `apply`, and names it:
-    one that wraps it gets a copy of what stands there."""
+    """An encoder, without parameters if no `init` is given. What makes its recipe stands at the function `apply`, and
+    names it: one that wraps it gets a copy of what stands there."""
     vars(apply)["_recipe"] = apply, recipe
     return Encoder(init, apply, code_dim)
 
@@ -370,9 +369,7 @@ def from_module(module: nn.Module, code_dim: int) -> Encoder:
                 "made for"
             ) from error
 
-    content = safetensors_torch.save(tree.map(Tensor.contiguous, buffers))
-    recipe = {"function": "from_module", "buffers": hashlib.sha256(content).hexdigest()}
-    return _described(apply, code_dim, recipe, init)
+    return _described(apply, code_dim, lambda: {"function": "from_module", "buffers": _digest(buffers)}, init)
 
 
 def encode_bounded(
@@ -399,6 +396,15 @@ def encode_bounded(
         )
     angle = (values - low) * (torch.pi / 2 / (high - low))
     return torch.cat([angle.cos(), angle.sin()], dim=-1) / values.shape[-1] ** 0.5
+
+
+def _digest(buffers: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of all names, dtypes, shapes and bytes."""
+    total = hashlib.sha256()
+    for name, leaf in sorted(buffers.items()):
+        total.update(f"{name} {tree.describe(leaf)}".encode())
+        total.update(leaf.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 class _BatchNormOverSamples(TorchFunctionMode):

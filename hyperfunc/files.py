@@ -109,7 +109,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes, *, keep_old_as: Pa
     except OSError as error:
         error.filename = str(path)  # which its reader knows
         raise
-    leftovers = [temporary]
+    is_kept = False
     try:
         with os.fdopen(descriptor, "wb") as file:
             with contextlib.suppress(OSError):
@@ -120,12 +120,13 @@ def write_bytes(path: str | os.PathLike[str], content: bytes, *, keep_old_as: Pa
             os.fsync(file.fileno())
         if keep_old_as is not None:
             _keep(path, keep_old_as)
-            leftovers.append(keep_old_as)
+            is_kept = True
         os.replace(temporary, path)
-        leftovers.clear()  # an interrupt from here on must not take the old file away
     except BaseException:
-        for leftover in leftovers:
-            leftover.unlink(missing_ok=True)
+        # An interrupt may come when the new file is in its place already, and then the other is the only old one.
+        if keep_old_as is not None and is_kept and temporary.exists():
+            keep_old_as.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     # Without this the rename itself may be lost in a power cut. Some file systems cannot do it, and the file is there.
     with contextlib.suppress(OSError):

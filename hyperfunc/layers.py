@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from hyperfunc.tiling import Kernel, plain_kernel
 
@@ -28,7 +28,9 @@ def is_linear_map(layer: nn.Module, name: str) -> bool:
 def is_gpt2_linear(layer: nn.Module) -> bool:
     """Whether it is the linear layer of GPT-2 in Hugging Face's transformers, whose weight is (in, out). It is known by
     its name, so that nobody needs that library."""
-    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+    weight = getattr(layer, "weight", None)
+    is_flat = isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == getattr(layer, "nf", None)
+    return type(layer).__name__ == "Conv1D" and is_flat
 
 
 def is_weight(layer: nn.Module, name: str) -> bool:

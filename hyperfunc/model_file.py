@@ -6,6 +6,7 @@ else stands in it does not matter here, and so every checkpoint of train.py is s
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -98,12 +99,12 @@ def load_conditional(
         path: The file.
         module: As of `load`.
         encoder: For an encoder that is neither `conditions.table` nor `conditions.bounded`, one made as it was. Its
-            parameters come from the file; a module's buffers, which are constants, come with the encoder, and must be
-            those that it was saved with.
+            parameters come from the file; a module's buffers, which are constants, come with the encoder. A warning
+            says so where they are others than it was saved with.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: As of `load`; or `encoder` is missing, has other buffers, or is given where the file has its own.
+        ValueError: As of `load`; or `encoder` is missing, or given where the file has its own.
     """
     found, recipe = _read(path, "load_conditional")
     model = conditional(from_recipe(recipe["model"], module), _encoder(recipe["encoder"], encoder))
@@ -134,10 +135,12 @@ def _encoder(recipe: Mapping[str, Any] | None, given: Encoder | None) -> Encoder
                 "encoder: got none, and a file holds no code; give one made as that of the model was, such as "
                 "conditions.from_module of the same module"
             )
-        if recipe is not None and encoder_recipe(given) != recipe:
-            raise ValueError(
-                "encoder: expected one made by conditions.from_module of a module with the buffers that it was saved "
-                "with; keep what was drawn for them, as in the module's state_dict, and load it first"
+        # Not refused, because what is computed anew may differ in the last bit.
+        if recipe is not None and (own := encoder_recipe(given)) is not None and own != recipe:
+            warnings.warn(
+                "encoder: its buffers are not those that the model was saved with, bit for bit; where they were drawn, "
+                "keep them beside the file and put the same into the module",
+                stacklevel=3,
             )
         return given
     arguments = dict(recipe)

@@ -136,9 +136,10 @@ def expand(config: Any, allowed: Sequence[str], check: Callable[[Any], None]) ->
 
 
 def groups(members: Sequence[Planned], at_once: int, world: int = 1) -> list[list[Planned]]:
-    """The runs that share a step: such as differ in nothing but the seed, at most so many, in groups of nearly one
-    size. Where all differ in nothing else, no rank of the `world` gets more groups than another, if there are runs
-    enough."""
+    """The runs that share a step: such as differ in nothing but the seed, at most so many and no more than the share of
+    a rank of the `world`, in groups of nearly one size. Where all differ in nothing else, each rank gets as many groups
+    as any other, if there are runs enough."""
+    at_once = min(at_once, math.ceil(len(members) / world))
     kinds = [list(kind) for _, kind in itertools.groupby(members, lambda member: name_of(_without_seed(member[0])))]
     found: list[list[Planned]] = []
     for alike in kinds:

@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {
         *("tree", "data", "differentiate", "conditions", "model", "optim", "precision", "randomness", "residual"),
     },
-    "ensembles": {"tree", "arguments", "model", "optim", "training", "vmap_rules"},
+    "ensembles": {"tree", "arguments", "model", "optim", "randomness", "training", "vmap_rules"},
     "model_file": {"arguments", "checkpoint", "model", "conditions", "ensembles"},
     "stateful": {"tree", "primary", "conditions", "ensembles", "model", "randomness"},
     "population": {"tree", "data", "exits", "interrupt", "training"},

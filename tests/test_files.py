@@ -125,6 +125,22 @@ def test_a_failed_write_leaves_no_second_name(tmp_path: Path, monkeypatch: pytes
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_an_interrupt_right_after_the_new_file_is_there_leaves_the_old_one_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, replace = tmp_path / "file", os.replace
+    write_bytes(path, b"old")
+
+    def interrupted(*names: Path) -> None:
+        replace(*names)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_bytes(path, b"new", keep_old_as=tmp_path / "aside")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"new", "aside": b"old"}
+
+
 def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
     others = [".file.metrics.jsonl.0123abcd.tmp", ".file.pth.1.0123abcd.tmp", ".file.pth.mine.tmp", "file.pth"]
     for name in (".file.pth.0123abcd.tmp", temporary_name(tmp_path / "file.pth").name, *others):

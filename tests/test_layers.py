@@ -84,6 +84,17 @@ def test_grouped_kernels_fill_the_input_channels_of_a_unit(
     assert len(kernel.flatten(1).unique(dim=0)) == len(kernel)
 
 
+def test_by_default_linear_layers_of_any_order_are_chosen() -> None:
+    """Not a convolution that has the name of one of them."""
+    convolution = type("Conv1D", (nn.Conv1d,), {"nf": 3})(32, 32, 3)
+    layers = [Conv1D(32, 16), Conv1D(48, 32), convolution, nn.Linear(32, 16)]
+    found = hf.hyperize(nn.Sequential(*layers)).tiling.layers
+    assert [(key, [(layer.name, layer.kernel.plane) for layer in each]) for key, each in found.items()] == [
+        ("matrix", [("1.weight", (48, 32))]),
+        ("3", [("2.weight", (32, 32, 3))]),
+    ]
+
+
 def test_folding_is_row_major() -> None:
     kernel = tiling.Kernel((6, 2, 3), plane=(2, 6, 3), fan_in=6, std=1.0)
     (layer,) = tiling.tile({"w": kernel}, unit=(2, 6)).layers["3"]
