@@ -109,7 +109,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes, *, keep_old_as: Pa
     except OSError as error:
         error.filename = str(path)  # which its reader knows
         raise
-    is_kept = False
+    kept: Path | None = None
     try:
         with os.fdopen(descriptor, "wb") as file:
             with contextlib.suppress(OSError):
@@ -120,12 +120,12 @@ def write_bytes(path: str | os.PathLike[str], content: bytes, *, keep_old_as: Pa
             os.fsync(file.fileno())
         if keep_old_as is not None:
             _keep(path, keep_old_as)
-            is_kept = True
+            kept = keep_old_as
         os.replace(temporary, path)
     except BaseException:
         # An interrupt may come when the new file is in its place already, and then the other is the only old one.
-        if keep_old_as is not None and is_kept and temporary.exists():
-            keep_old_as.unlink(missing_ok=True)
+        if kept is not None and temporary.exists():
+            kept.unlink(missing_ok=True)
         temporary.unlink(missing_ok=True)
         raise
     # Without this the rename itself may be lost in a power cut. Some file systems cannot do it, and the file is there.
