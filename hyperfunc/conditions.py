@@ -402,8 +402,7 @@ def _digest(buffers: Mapping[str, Tensor]) -> str:
     """The SHA-256 of all names, dtypes, shapes and bytes."""
     total = hashlib.sha256()
     for name, leaf in sorted(buffers.items()):
-        total.update(f"{name} {tree.describe(leaf)}".encode())
-        total.update(leaf.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        total.update(f"{name} ".encode() + tree.to_bytes(leaf))
     return total.hexdigest()
 
 

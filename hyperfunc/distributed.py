@@ -359,8 +359,7 @@ def _like(new: Tensor, old: Tensor) -> Tensor:
 
 def digest(leaf: Tensor) -> int:
     """The first 62 bits of the SHA-256 of a tensor's dtype, shape and bytes."""
-    values = leaf.detach().cpu().contiguous().reshape(-1)
-    return _short(tree.describe(leaf).encode() + values.view(torch.uint8).numpy().tobytes())
+    return _short(tree.to_bytes(leaf))
 
 
 def _short(content: bytes) -> int:

@@ -192,6 +192,12 @@ def describe(leaf: Tensor, *, any_length: bool = False) -> str:
     return f"{dtype_name(leaf.dtype)}[{', '.join(str(extent) for extent in shape)}]"
 
 
+def to_bytes(leaf: Tensor) -> bytes:
+    """Dtype, shape and content, as fingerprints are made of."""
+    values = leaf.detach().cpu().contiguous().reshape(-1)
+    return describe(leaf).encode() + values.view(torch.uint8).numpy().tobytes()
+
+
 def is_readable(leaf: Tensor) -> bool:
     """Whether its values can be looked at for nothing: it is on the CPU, and neither transformed nor traced."""
     if leaf.device.type != "cpu" or torch.compiler.is_compiling():  # which cannot trace the other question
